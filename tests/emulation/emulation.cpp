@@ -1,22 +1,21 @@
-// The engine behind emulation.h: fibers, barriers, warp collectives, shared memory with guards.
+// The engine behind emulation.h: schedules the fibers of a block, lets them meet at barriers and
+// collectives, runs the blocks of a grid one after another.
 #include "emulation.h"
 
-#include <algorithm>
 #include <array>
 #include <bit>
 #include <chrono>
-#include <cstdio>
 #include <cstdlib>
 #include <deque>
 #include <exception>
 #include <map>
-#include <memory>
 #include <mutex>
 #include <numeric>
 #include <string>
-#include <vector>
 
-#include "fiber.h"
+#include "emulation_block.h"
+#include "emulation_fiber.h"
+#include "emulation_guard.h"
 
 uint3 threadIdx;
 uint3 blockIdx;
@@ -25,27 +24,6 @@ dim3 gridDim;
 
 namespace lightvlm::emulation {
 namespace {
-
-constexpr unsigned kMaxWarps = kMaxBlockThreads / kWarpLanes;
-constexpr size_t kGuardBytes = 1024;
-constexpr unsigned char kGuardByte = 0xC5;
-constexpr unsigned char kPoisonByte = 0xFF;  // Floats that read it are NaN, integers are -1.
-constexpr size_t kSharedAlignment = 128;
-
-std::string text(const char* format, auto... values) {
-    char buffer[512];
-    std::snprintf(buffer, sizeof(buffer), format, values...);
-    return buffer;
-}
-
-std::string place(const Site& site) {
-    return text("%s:%u", site.file_name(), static_cast<unsigned>(site.line()));
-}
-
-bool same_site(const Site& a, const Site& b) {
-    return a.line() == b.line() && a.column() == b.column() &&
-           std::strcmp(a.file_name(), b.file_name()) == 0;
-}
 
 // splitmix64 (Steele, Lea, Flood 2014): a full-period generator of one word of state.
 struct Random {
@@ -56,60 +34,18 @@ struct Random {
         z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
         return z ^ (z >> 31);
     }
-    unsigned below(unsigned limit) {
-        return static_cast<unsigned>(((next() & 0xffffffffu) * limit) >> 32);
-    }
 };
 
-unsigned nth_set_bit(uint32_t mask, unsigned n) {
-    for (; n > 0; --n) mask &= mask - 1;
+// A set bit of `mask`, chosen by 16 bits of `dice`.
+unsigned choose_bit(uint32_t mask, uint64_t dice) {
+    const auto count = static_cast<unsigned>(std::popcount(mask));
+    for (unsigned skip = (static_cast<unsigned>(dice & 0xffffu) * count) >> 16; skip > 0; --skip) {
+        mask &= mask - 1;
+    }
     return static_cast<unsigned>(std::countr_zero(mask));
 }
 
-struct PendingCopy {
-    void* destination;
-    const void* source;
-    unsigned bytes;
-    unsigned total;
-};
-
-struct Fiber {
-    Context context;
-    uint3 index{};
-    unsigned warp = 0;
-    unsigned lane = 0;
-    // cp.async: copies in issue order, and where each committed group ends in them.
-    std::vector<PendingCopy> copies;
-    std::vector<size_t> copy_groups;
-};
-
-// Lanes that have arrived at a collective under one mask.
-struct Gathering {
-    const WarpCollective* what = nullptr;
-    Site site;
-    uint32_t mask = 0;
-    uint32_t arrived = 0;
-    std::array<void*, kWarpLanes> payloads;
-};
-
-struct Warp {
-    uint32_t population = 0;
-    uint32_t ready = 0;
-    uint32_t exited = 0;
-    unsigned gathering_count = 0;
-    std::array<Gathering, kWarpLanes> gatherings;
-};
-
-struct Barrier {
-    const char* name = nullptr;
-    Site site;
-    unsigned first_thread = 0;
-    unsigned arrived = 0;
-    int true_predicates = 0;
-    int result = 0;
-    std::array<uint32_t, kMaxWarps> waiting{};
-};
-
+// What ends a launch; thrown on the launching thread, never across a fiber.
 struct LaunchFailure : std::exception {};
 
 class Engine {
@@ -117,6 +53,7 @@ class Engine {
     void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
              void* arguments, uint64_t seed);
 
+    // Called by the running fiber.
     void collective(const WarpCollective& what, unsigned mask, void* payload, const Site& site);
     int barrier(const char* name, bool predicate, const Site& site);
     void yield();
@@ -125,60 +62,39 @@ class Engine {
     void* shared(size_t bytes, size_t alignment);
     Fiber& current() { return *current_; }
 
-    std::string error;
+    const std::string& error() const { return error_; }
 
   private:
     static void fiber_main() noexcept;
-    void prepare_fibers(unsigned count, dim3 block);
-    void prepare_shared(size_t bytes);
+    void prepare_fibers(unsigned count, dim3 shape);
     void run_block();
-    void check_guards();
-    void schedule();
     Fiber* pick();
+    void schedule();
     void wait();
-    void release(Warp& warp, unsigned warp_index, uint32_t lanes);
-    std::string describe_deadlock() const;
-    std::string describe_lane(unsigned warp_index, unsigned lane) const;
-    std::string header() const;
-    unsigned thread_number(const Fiber& fiber) const {
-        return fiber.warp * kWarpLanes + fiber.lane;
-    }
-    std::string thread_name(unsigned number) const;
 
-    const char* name_ = nullptr;
     void (*body_)(void*) = nullptr;
     void* arguments_ = nullptr;
-    unsigned threads_ = 0;
-    unsigned exited_ = 0;
-    size_t shared_bytes_ = 0;
-    unsigned char* shared_ = nullptr;
+    std::string error_;
 
     Context launcher_;
     Fiber* current_ = nullptr;
-    // Grows only, and never moves what is there: contexts are pointed at.
-    std::deque<Fiber> fibers_;
+    Block block_;
     std::deque<Stack> stacks_;
-    unsigned fresh_ = 0;  // Fibers from here on must be prepared anew before they run.
+    unsigned prepared_ = 0;  // Fibers from here on must be prepared before they run.
+    GuardedMemory shared_;
 
     bool shuffled_ = false;
-    unsigned stay_in_warp_ = 0;
     Random random_;
-    uint32_t ready_warps_ = 0;
     unsigned running_warp_ = 0;
+    unsigned stay_in_warp_ = 0;  // Of 64 turns, how many stay in the warp that runs.
+
+    uint64_t atomics_ = 0;
     uint64_t idle_turns_ = 0;
     std::chrono::steady_clock::time_point idle_since_;
-    std::chrono::duration<double> timeout_{20.0};
-
-    std::array<Warp, kMaxWarps> warps_;
-    Barrier barrier_;
-    std::vector<unsigned char> shared_storage_;
+    std::chrono::duration<double> timeout_{};
 };
 
 Engine engine;
-
-// ---------------------------------------------------------------------------------------------
-// Fibers and scheduling
-// ---------------------------------------------------------------------------------------------
 
 void Engine::fiber_main() noexcept {
     switched_in(engine.current_->context);
@@ -194,62 +110,50 @@ void Engine::fiber_main() noexcept {
         Fiber& self = *engine.current_;
         self.copies.clear();
         self.copy_groups.clear();
-        engine.warps_[self.warp].exited |= 1u << self.lane;
-        ++engine.exited_;
+        engine.block_.warps[self.warp].exited |= 1u << self.lane;
+        ++engine.block_.exited;
         engine.idle_turns_ = 0;
         engine.wait();
     }
 }
 
-// Picks who runs next. Natural order (seed 0): lowest warp, lowest lane. Shuffled: random lanes; a
-// warp runs on with a chance that differs from block to block, so that both lock-step and warps
-// that run far ahead of others occur.
+// Who runs next. Natural order (seed 0): lowest warp, lowest lane. Shuffled: any lane, of the warp
+// that ran last with a chance that differs from block to block, so that warps both keep pace and
+// run far ahead of others.
 Fiber* Engine::pick() {
-    if (ready_warps_ == 0) return nullptr;
+    const uint32_t ready_warps = block_.ready_warps;
+    if (ready_warps == 0) return nullptr;
     unsigned lane = 0;
-    if (!shuffled_) {
-        running_warp_ = static_cast<unsigned>(std::countr_zero(ready_warps_));
-        lane = static_cast<unsigned>(std::countr_zero(warps_[running_warp_].ready));
-    } else {
+    if (shuffled_) {
         const uint64_t dice = random_.next();
-        const bool stay = (ready_warps_ >> running_warp_ & 1u) != 0 && (dice & 63u) < stay_in_warp_;
-        if (!stay) {
-            const auto count = static_cast<uint64_t>(std::popcount(ready_warps_));
-            running_warp_ = nth_set_bit(ready_warps_, ((dice >> 8 & 0xffffu) * count) >> 16);
-        }
-        const uint32_t ready = warps_[running_warp_].ready;
-        const auto count = static_cast<uint64_t>(std::popcount(ready));
-        lane = nth_set_bit(ready, ((dice >> 32 & 0xffffu) * count) >> 16);
+        const bool stay = (ready_warps >> running_warp_ & 1u) != 0 && (dice & 63u) < stay_in_warp_;
+        if (!stay) running_warp_ = choose_bit(ready_warps, dice >> 8);
+        lane = choose_bit(block_.warps[running_warp_].ready, dice >> 24);
+    } else {
+        running_warp_ = static_cast<unsigned>(std::countr_zero(ready_warps));
+        lane = static_cast<unsigned>(std::countr_zero(block_.warps[running_warp_].ready));
     }
-    return &fibers_[running_warp_ * kWarpLanes + lane];
+    return &block_.fibers[running_warp_ * kWarpLanes + lane];
 }
 
-// Switches to the next ready fiber, or to the launcher if none is.
+// Switches to the next ready fiber, or to the launcher if there is none.
 void Engine::schedule() {
-    Fiber* next = pick();
-    Fiber* self = current_;
+    Fiber* const self = current_;
+    Fiber* const next = pick();
     if (next == self) return;
     if (next == nullptr) {
         switch_context(self->context, launcher_);
-    } else {
-        current_ = next;
-        threadIdx = next->index;
-        switch_context(self->context, next->context);
+        return;
     }
+    current_ = next;
+    threadIdx = next->index;
+    switch_context(self->context, next->context);
 }
 
-// Takes the running fiber off the ready ones and runs others until it is released.
+// Runs others until somebody releases the running fiber.
 void Engine::wait() {
-    Warp& warp = warps_[current_->warp];
-    warp.ready &= ~(1u << current_->lane);
-    if (warp.ready == 0) ready_warps_ &= ~(1u << current_->warp);
+    block_.hold(*current_);
     schedule();
-}
-
-void Engine::release(Warp& warp, unsigned warp_index, uint32_t lanes) {
-    warp.ready |= lanes;
-    ready_warps_ |= 1u << warp_index;
-    idle_turns_ = 0;
 }
 
 void Engine::yield() {
@@ -260,8 +164,8 @@ void Engine::yield() {
             idle_since_ = now;
         } else if (now - idle_since_ > timeout_) {
             fail(
-                text("no thread reached a barrier or its end for %.3g s: a spin loop waits for "
-                     "something that does not come",
+                text("no thread reached a barrier or its end for %g s: a spin loop waits for "
+                     "what does not come",
                      timeout_.count()));
         }
     }
@@ -269,35 +173,31 @@ void Engine::yield() {
 }
 
 void Engine::maybe_yield() {
-    constexpr unsigned kShuffledChance = 16;
-    constexpr unsigned kNaturalPeriod = 1024;  // Only so that a spin on an atomic ends.
-    static unsigned calls = 0;
-    if (shuffled_ ? random_.below(kShuffledChance) == 0 : ++calls % kNaturalPeriod == 0) yield();
+    constexpr uint64_t kShuffledChance = 16;
+    constexpr uint64_t kNaturalPeriod = 1024;  // Only so that spinning on an atomic ends.
+    const bool turn =
+        shuffled_ ? random_.next() % kShuffledChance == 0 : ++atomics_ % kNaturalPeriod == 0;
+    if (turn) yield();
 }
 
 void Engine::fail(const std::string& message) {
-    error = header() + message;
-    fresh_ = 0;
+    error_ = block_.name() + message;
     switch_context(current_->context, launcher_);
-    std::abort();  // The launcher never switches back to a fiber of a failed block.
+    std::abort();  // Unreachable: nobody switches back into a block that failed.
 }
-
-// ---------------------------------------------------------------------------------------------
-// Barriers and collectives
-// ---------------------------------------------------------------------------------------------
 
 void Engine::collective(const WarpCollective& what, unsigned mask, void* payload,
                         const Site& site) {
-    Fiber& self = *current_;
-    Warp& warp = warps_[self.warp];
+    const Fiber& self = *current_;
+    Warp& warp = block_.warps[self.warp];
     const uint32_t own = 1u << self.lane;
     if ((mask & own) == 0) {
-        fail(text("%s at %s: lane %u of warp %u is not in its own mask 0x%08x", what.name,
+        fail(text("%s (%s): lane %u of warp %u is not in its own mask 0x%08x", what.name,
                   place(site).c_str(), self.lane, self.warp, mask));
     }
     if ((mask & ~warp.population) != 0) {
-        fail(text("%s at %s: mask 0x%08x names lanes 0x%08x that warp %u does not have", what.name,
-                  place(site).c_str(), mask, mask & ~warp.population, self.warp));
+        fail(text("missing lane: %s (%s) with mask 0x%08x, but warp %u has no lanes 0x%08x",
+                  what.name, place(site).c_str(), mask, self.warp, mask & ~warp.population));
     }
     unsigned slot = 0;
     while (slot < warp.gathering_count && warp.gatherings[slot].mask != mask) ++slot;
@@ -308,11 +208,11 @@ void Engine::collective(const WarpCollective& what, unsigned mask, void* payload
         gathering.site = site;
         gathering.mask = mask;
         gathering.arrived = 0;
-        if (mask != kFullMask) gathering.payloads.fill(nullptr);
+        gathering.payloads.fill(nullptr);
     } else if (gathering.what->name != what.name || !same_site(gathering.site, site)) {
         fail(
-            text("divergent warp %u: lane %u arrived at %s (%s), lanes 0x%08x wait at %s (%s), all "
-                 "with mask 0x%08x",
+            text("divergent warp %u: lane %u arrived at %s (%s), lanes 0x%08x wait at %s (%s), "
+                 "all with mask 0x%08x",
                  self.warp, self.lane, what.name, place(site).c_str(), gathering.arrived,
                  gathering.what->name, place(gathering.site).c_str(), mask));
     }
@@ -325,219 +225,120 @@ void Engine::collective(const WarpCollective& what, unsigned mask, void* payload
     what.combine(gathering.payloads.data(), mask);
     --warp.gathering_count;
     if (slot != warp.gathering_count) gathering = warp.gatherings[warp.gathering_count];
-    release(warp, self.warp, mask);
+    block_.release(self.warp, mask);
+    idle_turns_ = 0;
 }
 
 int Engine::barrier(const char* name, bool predicate, const Site& site) {
-    Fiber& self = *current_;
-    if (barrier_.arrived == 0) {
-        barrier_.name = name;
-        barrier_.site = site;
-        barrier_.first_thread = thread_number(self);
-        barrier_.true_predicates = 0;
-    } else if (barrier_.name != name || !same_site(barrier_.site, site)) {
+    const Fiber& self = *current_;
+    Barrier& barrier = block_.barrier;
+    const unsigned thread = self.warp * kWarpLanes + self.lane;
+    if (barrier.arrived == 0) {
+        barrier.name = name;
+        barrier.site = site;
+        barrier.first_thread = thread;
+        barrier.true_predicates = 0;
+    } else if (barrier.name != name || !same_site(barrier.site, site)) {
         fail(text("divergent barrier: %s arrived at %s (%s), but %s waits at %s (%s)",
-                  thread_name(thread_number(self)).c_str(), name, place(site).c_str(),
-                  thread_name(barrier_.first_thread).c_str(), barrier_.name,
-                  place(barrier_.site).c_str()));
+                  block_.thread_name(thread).c_str(), name, place(site).c_str(),
+                  block_.thread_name(barrier.first_thread).c_str(), barrier.name,
+                  place(barrier.site).c_str()));
     }
-    barrier_.true_predicates += predicate ? 1 : 0;
-    if (++barrier_.arrived != threads_) {
-        barrier_.waiting[self.warp] |= 1u << self.lane;
+    barrier.true_predicates += predicate ? 1 : 0;
+    if (++barrier.arrived != block_.threads) {
+        barrier.waiting[self.warp] |= 1u << self.lane;
         wait();
-        return barrier_.result;
+        return barrier.result;
     }
-    barrier_.result = barrier_.true_predicates;
-    barrier_.arrived = 0;
-    for (unsigned w = 0; w * kWarpLanes < threads_; ++w) {
-        barrier_.waiting[w] = 0;
-        release(warps_[w], w, warps_[w].population);
+    barrier.result = barrier.true_predicates;
+    barrier.arrived = 0;
+    barrier.waiting.fill(0);
+    for (unsigned w = 0; w < block_.warp_count(); ++w) {
+        block_.release(w, block_.warps[w].population);
     }
-    return barrier_.result;
-}
-
-std::string Engine::describe_lane(unsigned warp_index, unsigned lane) const {
-    const Warp& warp = warps_[warp_index];
-    const uint32_t bit = 1u << lane;
-    const std::string who = thread_name(warp_index * kWarpLanes + lane);
-    if ((warp.exited & bit) != 0) return who + " exited";
-    if ((barrier_.waiting[warp_index] & bit) != 0) {
-        return who + text(" waits at %s (%s)", barrier_.name, place(barrier_.site).c_str());
-    }
-    for (unsigned i = 0; i < warp.gathering_count; ++i) {
-        const Gathering& gathering = warp.gatherings[i];
-        if ((gathering.arrived & bit) != 0) {
-            return who + text(" waits at %s (%s) with mask 0x%08x", gathering.what->name,
-                              place(gathering.site).c_str(), gathering.mask);
-        }
-    }
-    return who + " runs";
-}
-
-// Why nobody can go on although somebody has not finished.
-std::string Engine::describe_deadlock() const {
-    const unsigned warp_count = (threads_ + kWarpLanes - 1) / kWarpLanes;
-    for (unsigned w = 0; w < warp_count; ++w) {
-        if (warps_[w].gathering_count == 0) continue;
-        const Gathering& gathering = warps_[w].gatherings[0];
-        const uint32_t missing = gathering.mask & ~gathering.arrived;
-        const auto first = static_cast<unsigned>(std::countr_zero(missing));
-        return text("missing lane: %s (%s) with mask 0x%08x in warp %u waits for lanes 0x%08x: ",
-                    gathering.what->name, place(gathering.site).c_str(), gathering.mask, w,
-                    missing) +
-               describe_lane(w, first);
-    }
-    for (unsigned w = 0; w < warp_count; ++w) {
-        const uint32_t missing = warps_[w].population & ~barrier_.waiting[w];
-        if (missing == 0) continue;
-        return text("divergent barrier: %u of %u threads wait at %s (%s), but ", barrier_.arrived,
-                    threads_, barrier_.name, place(barrier_.site).c_str()) +
-               describe_lane(w, static_cast<unsigned>(std::countr_zero(missing)));
-    }
-    return "deadlock";
-}
-
-std::string Engine::thread_name(unsigned number) const {
-    const uint3& index = fibers_[number].index;
-    return text("thread (%u,%u,%u)", index.x, index.y, index.z);
-}
-
-std::string Engine::header() const {
-    return text("kernel '%s', block (%u,%u,%u): ", name_, blockIdx.x, blockIdx.y, blockIdx.z);
-}
-
-// ---------------------------------------------------------------------------------------------
-// Shared memory
-// ---------------------------------------------------------------------------------------------
-
-void Engine::prepare_shared(size_t bytes) {
-    if (shared_storage_.empty()) {
-        shared_storage_.resize(kMaxSharedBytes + 2 * kGuardBytes + 2 * kSharedAlignment);
-    }
-    // On 128 bytes but not on more: relying on more than the launch promises should show.
-    auto address = reinterpret_cast<uintptr_t>(shared_storage_.data()) + kGuardBytes;
-    address = (address + 2 * kSharedAlignment - 1) / (2 * kSharedAlignment) * 2 * kSharedAlignment;
-    if (address - reinterpret_cast<uintptr_t>(shared_storage_.data()) >=
-        kGuardBytes + kSharedAlignment) {
-        address -= kSharedAlignment;
-    } else {
-        address += kSharedAlignment;
-    }
-    shared_ = reinterpret_cast<unsigned char*>(address);
-    shared_bytes_ = bytes;
-#ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(shared_storage_.data(), shared_storage_.size());
-    unsigned char* const end = shared_storage_.data() + shared_storage_.size();
-    __asan_poison_memory_region(shared_storage_.data(), shared_ - shared_storage_.data());
-    __asan_poison_memory_region(shared_ + bytes, end - (shared_ + bytes));
-#else
-    std::memset(shared_ - kGuardBytes, kGuardByte, kGuardBytes);
-    std::memset(shared_ + bytes, kGuardByte, kGuardBytes);
-#endif
+    idle_turns_ = 0;
+    return barrier.result;
 }
 
 void* Engine::shared(size_t bytes, size_t alignment) {
-    if (bytes > shared_bytes_) {
-        fail(text("shared_memory<T>() needs %zu bytes, the launch gave %zu", bytes, shared_bytes_));
+    if (bytes > shared_.bytes()) {
+        fail(text("shared_memory<T>() needs %zu bytes, the launch gave %zu", bytes,
+                  shared_.bytes()));
     }
-    if (alignment > kSharedAlignment) {
+    if (alignment > GuardedMemory::kAlignment) {
         fail(text("shared_memory<T>() needs alignment %zu, the limit is %zu", alignment,
-                  kSharedAlignment));
+                  GuardedMemory::kAlignment));
     }
-    return shared_;
+    return shared_.data();
 }
 
-void Engine::check_guards() {
-#ifndef __SANITIZE_ADDRESS__
-    for (size_t i = 0; i < kGuardBytes; ++i) {
-        if (shared_[shared_bytes_ + i] != kGuardByte) {
-            error = header() + text("wrote past the end of its %zu bytes of shared memory, at +%zu",
-                                    shared_bytes_, shared_bytes_ + i);
-            throw LaunchFailure();
-        }
-        if (*(shared_ - 1 - i) != kGuardByte) {
-            error = header() + text("wrote before the start of its shared memory, at -%zu", i + 1);
-            throw LaunchFailure();
-        }
-    }
-#endif
-}
-
-// ---------------------------------------------------------------------------------------------
-// Blocks and launches
-// ---------------------------------------------------------------------------------------------
-
-void Engine::prepare_fibers(unsigned count, dim3 block) {
-    constexpr size_t kStaggerStep = 320;
+void Engine::prepare_fibers(unsigned count, dim3 shape) {
+    constexpr size_t kStaggerBytes = 320;
     constexpr size_t kStaggers = 48;
-    while (fibers_.size() < count) {
-        fibers_.emplace_back();
+    while (stacks_.size() < count) {
         stacks_.emplace_back();
+        block_.fibers.emplace_back();
     }
-    for (; fresh_ < count; ++fresh_) {
-        Fiber& fiber = fibers_[fresh_];
-        stacks_[fresh_].prepare(fiber.context, fiber_main, fresh_ % kStaggers * kStaggerStep);
-        fiber.warp = fresh_ / kWarpLanes;
-        fiber.lane = fresh_ % kWarpLanes;
+    for (; prepared_ < count; ++prepared_) {
+        Fiber& fiber = block_.fibers[prepared_];
+        stacks_[prepared_].prepare(fiber.context, fiber_main,
+                                   prepared_ % kStaggers * kStaggerBytes);
+        fiber.warp = prepared_ / kWarpLanes;
+        fiber.lane = prepared_ % kWarpLanes;
         fiber.copies.clear();
         fiber.copy_groups.clear();
     }
     for (unsigned i = 0; i < count; ++i) {
-        fibers_[i].index = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
+        block_.fibers[i].index = {i % shape.x, i / shape.x % shape.y, i / (shape.x * shape.y)};
     }
 }
 
 void Engine::run_block() {
-    exited_ = 0;
+    block_.start();
+    shared_.poison();
     idle_turns_ = 0;
-    barrier_.arrived = 0;
-    ready_warps_ = 0;
-    const unsigned warp_count = (threads_ + kWarpLanes - 1) / kWarpLanes;
-    for (unsigned w = 0; w < warp_count; ++w) {
-        const unsigned lanes = std::min(kWarpLanes, threads_ - w * kWarpLanes);
-        warps_[w].population = lanes == kWarpLanes ? kFullMask : (1u << lanes) - 1;
-        warps_[w].ready = warps_[w].population;
-        warps_[w].exited = 0;
-        warps_[w].gathering_count = 0;
-        barrier_.waiting[w] = 0;
-        ready_warps_ |= 1u << w;
-    }
-    std::memset(shared_, kPoisonByte, shared_bytes_);
     running_warp_ = 0;
     current_ = pick();
     threadIdx = current_->index;
     switch_context(launcher_, current_->context);
-    if (error.empty() && exited_ != threads_) {
-        error = header() + describe_deadlock();
-        fresh_ = 0;
+    if (error_.empty() && block_.exited != block_.threads) {
+        error_ = block_.name() + block_.describe_deadlock();
     }
-    if (!error.empty()) throw LaunchFailure();
-    check_guards();
+    if (!error_.empty()) {
+        prepared_ = 0;  // The fibers stand somewhere inside the kernel.
+        throw LaunchFailure();
+    }
+    const std::string damage = shared_.damage();
+    if (!damage.empty()) {
+        error_ = block_.name() + damage;
+        throw LaunchFailure();
+    }
 }
 
 void Engine::run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
                  void* arguments, uint64_t seed) {
-    name_ = name;
+    constexpr double kDefaultTimeout = 20.0;
+    const char* timeout = std::getenv("LIGHTVLM_EMULATION_TIMEOUT");
+    timeout_ = std::chrono::duration<double>(timeout != nullptr ? std::strtod(timeout, nullptr)
+                                                                : kDefaultTimeout);
     body_ = body;
     arguments_ = arguments;
-    threads_ = block.x * block.y * block.z;
+    error_.clear();
     shuffled_ = seed != 0;
-    error.clear();
     blockDim = block;
     gridDim = grid;
-    if (const char* seconds = std::getenv("LIGHTVLM_EMULATION_TIMEOUT")) {
-        timeout_ = std::chrono::duration<double>(std::strtod(seconds, nullptr));
-    }
-    prepare_fibers(threads_, block);
-    prepare_shared(shared_bytes);
+    block_.kernel = name;
+    block_.threads = block.x * block.y * block.z;
+    prepare_fibers(block_.threads, block);
+    shared_.prepare(shared_bytes);
 
-    // Block i of the order is (start + i * step) mod count: a permutation, as step and count have
-    // no common factor.
+    // The order of blocks: start, start + step, ... modulo their count, which visits each once
+    // because step and count have no common factor.
     const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
     uint64_t start = 0;
     uint64_t step = 1;
-    Random order{seed};
     if (shuffled_) {
+        Random order{seed};
         start = order.next() % count;
         do {
             step = 1 + order.next() % count;
@@ -548,8 +349,8 @@ void Engine::run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, v
         blockIdx.x = static_cast<unsigned>(linear % grid.x);
         blockIdx.y = static_cast<unsigned>(linear / grid.x % grid.y);
         blockIdx.z = static_cast<unsigned>(linear / (uint64_t{grid.x} * grid.y));
+        constexpr std::array<unsigned, 4> kStay = {0, 48, 60, 64};
         random_.state = seed + linear * 0xd1342543de82ef95ull;
-        constexpr std::array<unsigned, 4> kStay = {0, 48, 60, 64};  // of 64
         stay_in_warp_ = kStay[random_.next() % kStay.size()];
         run_block();
         linear = (linear + step) % count;
@@ -593,16 +394,15 @@ void commit_copies() {
 
 void finish_copies(unsigned groups_left_pending) {
     Fiber& self = engine.current();
-    const size_t committed = self.copy_groups.size();
-    if (committed <= groups_left_pending) return;
-    const size_t groups = committed - groups_left_pending;
+    if (self.copy_groups.size() <= groups_left_pending) return;
+    const auto groups = static_cast<ptrdiff_t>(self.copy_groups.size() - groups_left_pending);
     const size_t finished = self.copy_groups[groups - 1];
     for (size_t i = 0; i < finished; ++i) {
         const PendingCopy& copy = self.copies[i];
-        std::memcpy(copy.destination, copy.source, copy.bytes);
+        if (copy.bytes != 0) std::memcpy(copy.destination, copy.source, copy.bytes);
         std::memset(static_cast<char*>(copy.destination) + copy.bytes, 0, copy.total - copy.bytes);
     }
-    self.copies.erase(self.copies.begin(), self.copies.begin() + finished);
+    self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<ptrdiff_t>(finished));
     self.copy_groups.erase(self.copy_groups.begin(), self.copy_groups.begin() + groups);
     for (size_t& end : self.copy_groups) end -= finished;
 }
@@ -613,7 +413,7 @@ cudaError_t run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, vo
     try {
         engine.run(name, grid, block, shared_bytes, body, arguments, seed_from_environment());
     } catch (const LaunchFailure&) {
-        last_failure = engine.error;
+        last_failure = engine.error();
         return cudaErrorLaunchFailure;
     }
     ++launch_counts[name];
@@ -646,14 +446,13 @@ const char* cudaGetErrorString(cudaError_t error) {
             return "invalid argument";
         case cudaErrorInvalidConfiguration:
             return "invalid configuration argument";
-        case cudaErrorLaunchFailure: {
-            // Valid until this thread asks again.
-            static thread_local std::string message;
-            message = lightvlm::emulation::last_error();
-            return message.c_str();
-        }
+        case cudaErrorLaunchFailure:
+            break;
     }
-    return "unrecognized error code";
+    // Valid until this thread asks again.
+    static thread_local std::string message;
+    message = lightvlm::emulation::last_error();
+    return message.c_str();
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -669,14 +468,16 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 // For Python, through ctypes.
-extern "C" {
-__attribute__((visibility("default"))) uint64_t lightvlm_emulation_launch_count(const char* name) {
+#define LIGHTVLM_EXPORT extern "C" __attribute__((visibility("default")))
+
+LIGHTVLM_EXPORT uint64_t lightvlm_emulation_launch_count(const char* name) {
     return lightvlm::emulation::launch_count(name);
 }
-__attribute__((visibility("default"))) void lightvlm_emulation_reset_launch_counts() {
+
+LIGHTVLM_EXPORT void lightvlm_emulation_reset_launch_counts() {
     lightvlm::emulation::reset_launch_counts();
 }
-__attribute__((visibility("default"))) const char* lightvlm_emulation_last_error() {
+
+LIGHTVLM_EXPORT const char* lightvlm_emulation_last_error() {
     return cudaGetErrorString(cudaErrorLaunchFailure);
-}
 }

@@ -7,7 +7,6 @@
 #error "emulation.h stands in for CUDA only with -DLIGHTVLM_EMULATION"
 #endif
 
-// Order matters where clang-format would sort: types first.
 #include "emulation_types.h"
 
 #include "emulation_atomics.h"

@@ -59,7 +59,8 @@ inline unsigned __umulhi(unsigned x, unsigned y) {
     return static_cast<unsigned>((static_cast<uint64_t>(x) * y) >> 32);
 }
 inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
-    return static_cast<unsigned long long>((static_cast<unsigned __int128>(x) * y) >> 64);
+    __extension__ using Wide = unsigned __int128;
+    return static_cast<unsigned long long>((static_cast<Wide>(x) * y) >> 64);
 }
 
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }

@@ -68,7 +68,7 @@ struct Context {
 };
 
 #ifdef __SANITIZE_ADDRESS__
-inline Context* switched_from = nullptr;
+static Context* switched_from = nullptr;
 #endif
 
 // First thing to call on a fresh fiber, and after every switch back.
