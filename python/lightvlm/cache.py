@@ -1,0 +1,361 @@
+"""CompactCache: a transformers cache whose layers may hold fewer tokens than they have seen.
+
+Two lengths. The *logical* length of a layer is what transformers counts: tokens seen, padding included; positions and
+generate()'s bookkeeping follow it. The *physical* one is what is stored. In a layer that was born short (after a
+reduction at prefill) or was compacted, row b's keys stand at ``[starts[b], ends[b])`` of the buffer, and that, never the
+2-D attention mask, says which keys are valid.
+
+Storage is (B, capacity, Hkv, D): FlashAttention's layout, in which a token is one contiguous row, so that appending
+is a copy and compaction moves whole rows.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from lightvlm_ext import ops
+
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from .runtime import Run
+
+_SLACK = 128
+"""Free rows that a growing buffer starts with, so that short answers never reallocate."""
+
+
+class CompactLayer(CacheLayerMixin):
+    """Keys and values of one decoder layer. Public attributes:
+
+    key_storage, value_storage (B, capacity, Hkv, D); starts, ends: where each row's keys stand; seen: logical length;
+    ragged: whether stored and seen tokens differ, that is, whether the 2-D mask no longer applies; tail: tokens at the
+    end of every row that are certainly consecutive, up to which :meth:`crop` works.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, capacity: int | None = None, query_rows: int = 0) -> None:
+        self.capacity = capacity
+        self.query_rows = query_rows
+        self.scale: float | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.is_initialized = False
+        self.key_storage = torch.empty(0)
+        self.value_storage = torch.empty(0)
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        self.seen = 0
+        self.tail = 0
+        self.ragged = False
+        self._queries: list[Tensor] = []
+        self._bounds: tuple[Tensor, Tensor] | None = None
+
+    # transformers reads the stored states of a layer through these names
+    @property
+    def keys(self) -> Tensor | None:
+        """Stored keys (B, Hkv, N, D), a view; None before the first token."""
+        return self.key_storage[:, : max(self.ends)].transpose(1, 2) if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """Stored values (B, Hkv, N, D), a view; None before the first token."""
+        return self.value_storage[:, : max(self.ends)].transpose(1, 2) if self.is_initialized else None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch; -1 before the first token."""
+        return len(self.ends) if self.is_initialized else -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, _, length, _ = key_states.shape
+        room = self.capacity if self.capacity is not None else length + _SLACK
+        self.key_storage = _token_major(key_states, room)
+        self.value_storage = _token_major(value_states, room)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.starts, self.ends = [0] * batch, [0] * batch
+        self.is_initialized = True
+
+    def begin(self, starts: list[int], seen: int, tail: int, ragged: bool) -> None:
+        """Say what the tokens just stored are: the first prompt, of which this layer may have got only a part."""
+        self.starts, self.seen, self.tail, self.ragged = list(starts), seen, tail, ragged
+        self._bounds = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append (B, Hkv, S, D) states; returns all stored ones, (B, Hkv, N, D)."""
+        new = key_states.shape[2]
+        needed = (max(self.ends) if self.is_initialized else 0) + new
+        if self.capacity is not None and needed > self.capacity:
+            raise ValueError(f"capacity of the cache is {self.capacity} tokens; this step needs {needed}")
+        first = not self.is_initialized
+        if first:
+            self.lazy_initialization(key_states, value_states)
+        elif key_states.shape[0] != len(self.ends):
+            raise ValueError(f"key_states has {key_states.shape[0]} rows, the cache has {len(self.ends)}")
+        if needed > self.key_storage.shape[1]:
+            self._grow(needed)
+        keys, values = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        if len(set(self.ends)) == 1:
+            self.key_storage[:, needed - new : needed] = keys
+            self.value_storage[:, needed - new : needed] = values
+        else:
+            for row, end in enumerate(self.ends):
+                self.key_storage[row, end : end + new] = keys[row]
+                self.value_storage[row, end : end + new] = values[row]
+        self.ends = [end + new for end in self.ends]
+        self.seen += new
+        self.tail += new
+        self._bounds = None
+        if first:  # the states at hand are what was stored, and lie as the attention kernel likes them
+            return key_states, value_states
+        return self.keys, self.values  # type: ignore[return-value]
+
+    def _grow(self, needed: int) -> None:
+        room = max(needed, 2 * self.key_storage.shape[1])
+        self.key_storage = _token_major(self.key_storage.transpose(1, 2), room, copy=max(self.ends))
+        self.value_storage = _token_major(self.value_storage.transpose(1, 2), room, copy=max(self.ends))
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """starts and ends as (B,) int32 on the device."""
+        if self._bounds is None:
+            both = torch.tensor([self.starts, self.ends], dtype=torch.int32, device=self.key_storage.device)
+            self._bounds = (both[0], both[1])
+        return self._bounds
+
+    def remember_queries(self, query: Tensor, scale: float | None) -> None:
+        """Keep the last ``query_rows`` query rows of (B, S, Hq, D); they score the keys at the next compaction."""
+        self.scale = scale
+        self._queries.append(query[:, -self.query_rows :].clone())
+        del self._queries[: -self.query_rows]
+
+    def recent_queries(self) -> Tensor:
+        """The last ``query_rows`` queries (B, W, Hq, D), oldest first; fewer where fewer were remembered."""
+        return torch.cat(self._queries, dim=1)[:, -self.query_rows :]
+
+    def compacted(self, kept: list[int], tail: int) -> None:
+        """Say that the rows were moved to the front of the buffer and ``kept`` of each remain."""
+        self.starts, self.ends = [0] * len(kept), list(kept)
+        self.ragged, self.tail = True, min(tail, *kept)
+        self._bounds = None
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (max(self.ends) if self.is_initialized else 0) + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1 if self.capacity is None else self.capacity
+
+    def reset(self) -> None:
+        self._clear()
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise where :meth:`crop` could not remove that many tokens."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
+        if self.is_initialized and -tokens_to_remove > self.tail:
+            raise ValueError(
+                f"cannot crop {-tokens_to_remove} tokens: only the last {self.tail} are all still in the cache"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens; a ValueError where some of them were compacted away."""
+        self.check_crop(tokens_to_remove)
+        if not self.is_initialized or tokens_to_remove == 0:
+            return
+        self.ends = [end + tokens_to_remove for end in self.ends]
+        self.seen += tokens_to_remove
+        self.tail += tokens_to_remove
+        if self._queries:
+            self._queries = [self.recent_queries()[:, :tokens_to_remove]]
+        self._bounds = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if not self.is_initialized:
+            return
+        if len(set(zip(self.starts, self.ends, strict=True))) == 1:  # no row differs: no need to ask the device
+            rows = [0] * len(indices)
+        else:
+            rows = indices.tolist()
+        self.starts = [self.starts[row] for row in rows]
+        self.ends = [self.ends[row] for row in rows]
+        on_device = indices.to(self.key_storage.device)
+        self.key_storage = self.key_storage.index_select(0, on_device)
+        self.value_storage = self.value_storage.index_select(0, on_device)
+        self._queries = [query.index_select(0, on_device) for query in self._queries]
+        self._bounds = None
+
+    def shrink(self) -> None:
+        """Give the free rows of a growing buffer back."""
+        if self.is_initialized and self.capacity is None:
+            used = max(self.ends)
+            self.key_storage = self.key_storage[:, :used].clone()
+            self.value_storage = self.value_storage[:, :used].clone()
+
+    def bytes_used(self) -> int:
+        """Bytes of the keys and values that are valid."""
+        tokens = sum(self.ends) - sum(self.starts)
+        return tokens * self._bytes_per_token()
+
+    def bytes_allocated(self) -> int:
+        """Bytes of the buffers."""
+        return self.key_storage.nbytes + self.value_storage.nbytes if self.is_initialized else 0
+
+    def bytes_full(self) -> int:
+        """Bytes that a cache holding every token seen would use."""
+        return len(self.ends) * self.seen * self._bytes_per_token() if self.is_initialized else 0
+
+    def _bytes_per_token(self) -> int:
+        if not self.is_initialized:
+            return 0
+        key, value = self.key_storage[0, 0], self.value_storage[0, 0]
+        return key.numel() * key.element_size() + value.numel() * value.element_size()
+
+
+def _token_major(states: Tensor, room: int, copy: int = 0) -> Tensor:
+    """A buffer (B, room, H, D) for states (B, H, S, D), with their first ``copy`` tokens in it."""
+    batch, heads, _, width = states.shape
+    buffer = states.new_empty(batch, room, heads, width)
+    buffer[:, :copy] = states[:, :, :copy].transpose(1, 2)
+    return buffer
+
+
+class CompactCache(Cache):
+    """A KV cache that is compacted in place; pass it as ``past_key_values`` or let :func:`lightvlm.attach` make it.
+
+    Args:
+        config: the model's configuration (of the whole VLM or of its text decoder).
+        plan: its ``cache`` part says when and what to evict. Eviction needs the queries, so it happens on a model
+            that is attached; without one, everything is kept (and a warning says so once).
+        capacity: tokens a row may hold. None: buffers grow by doubling and may move. An int: allocated once, at fixed
+            addresses; a step that needs more raises a ValueError.
+
+    Raises:
+        TypeError, ValueError: a plan or capacity of the wrong kind; a decoder with layers that are not full attention.
+    """
+
+    def __init__(self, config: PretrainedConfig, plan: Plan | None = None, *, capacity: int | None = None) -> None:
+        if plan is not None and not isinstance(plan, Plan):
+            raise TypeError(f"plan must be a lightvlm.Plan, got {type(plan).__name__}")
+        if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int)):
+            raise TypeError(f"capacity must be None or an int, got {type(capacity).__name__}")
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        text = config.get_text_config(decoder=True)
+        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise ValueError(f"config has layers that are not full attention: {', '.join(sorted(kinds))}")
+        self.plan = plan if plan is not None else Plan()
+        rows = getattr(self.plan.cache, "rows", 0)
+        super().__init__(layers=[CompactLayer(capacity, rows) for _ in range(text.num_hidden_layers)])
+        self.run: weakref.ref[Run] | None = None
+        self.leftpad: list[int] = []
+        self.since_compaction = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        layer = self.layers[layer_idx]
+        if layer.ragged and not self.attached:
+            raise ValueError(
+                "this cache was shortened by a plan and only an attached model can read it; attach the plan again"
+            )
+        if self.plan.cache is not None and not self.attached and layer_idx == 0 and not layer.seen:
+            warnings.warn(
+                "CompactCache evicts nothing on a model that is not attached: scoring needs the queries; "
+                "use lightvlm.attach(model, plan)",
+                stacklevel=2,
+            )
+        return layer.update(key_states, value_states, *args, **kwargs)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the run that filled this cache is still on its model."""
+        run = self.run() if self.run is not None else None
+        return run is not None and run.attached
+
+    def step(self, new_tokens: int) -> None:
+        """Count ``new_tokens`` decoded tokens, and compact every layer in one launch when the plan says it is time."""
+        policy = self.plan.cache
+        if policy is None:
+            return
+        self.since_compaction += new_tokens
+        if self.since_compaction < policy.interval:  # type: ignore[attr-defined]
+            return
+        self.since_compaction = 0
+        chosen = [(layer, policy.choose(layer, self.leftpad)) for layer in self.layers]  # type: ignore[attr-defined]
+        moves = [(layer, choice) for layer, choice in chosen if choice is not None]
+        if not moves:
+            return
+        ops.compact_kv_(
+            [layer.key_storage for layer, _ in moves],
+            [layer.value_storage for layer, _ in moves],
+            [choice[0] for _, choice in moves],
+            [choice[1] for _, choice in moves],
+        )
+        for layer, (_, _, kept) in moves:
+            layer.compacted(kept, policy.recent)  # type: ignore[attr-defined]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens from every layer, or raise a ValueError and change none."""
+        for layer in self.layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+        self.since_compaction = max(0, self.since_compaction + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows ``beam_idx`` (B',) of the batch, in that order."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch ``repeats`` times."""
+        self.batch_select_indices(torch.arange(self.layers[0].batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Take the rows ``indices`` (B',) of the batch, in that order."""
+        if len(set(self.leftpad)) > 1:
+            self.leftpad = [self.leftpad[row] for row in indices.tolist()]
+        else:
+            self.leftpad = self.leftpad[:1] * len(indices)
+        for layer in self.layers:
+            layer.batch_select_indices(indices)
+
+    def reset(self) -> None:
+        super().reset()
+        self.leftpad, self.since_compaction = [], 0
+
+    def shrink(self) -> None:
+        """Give free rows of the buffers back to the allocator (buffers move; not with a fixed capacity)."""
+        for layer in self.layers:
+            layer.shrink()
+
+    @property
+    def kv_bytes_used(self) -> int:
+        """Bytes of valid keys and values, all layers."""
+        return sum(layer.bytes_used() for layer in self.layers)
+
+    @property
+    def kv_bytes_allocated(self) -> int:
+        """Bytes of the buffers, all layers."""
+        return sum(layer.bytes_allocated() for layer in self.layers)
+
+    @property
+    def kv_bytes_full(self) -> int:
+        """Bytes that a cache holding every token seen would use, all layers."""
+        return sum(layer.bytes_full() for layer in self.layers)

@@ -1,0 +1,37 @@
+"""The methods by name. Each lives in a file of its own; adding one adds a file and a line here."""
+
+from __future__ import annotations
+
+from ..plan import Plan
+from .base import Method
+from .lightvlm import LightVLM
+from .random import Random
+
+_METHODS = {
+    method.name: method
+    for method in (
+        Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
+        Method("random", Random, "baseline"),
+    )
+}
+
+
+def method_names() -> list[str]:
+    """Names that :func:`method` takes."""
+    return sorted(_METHODS)
+
+
+def method(name: str, **options: object) -> Plan:
+    """The plan of a method by name.
+
+    Raises:
+        ValueError: no such method, or an option out of range.
+        TypeError: an option the method does not have.
+    """
+    found = _METHODS.get(name)
+    if found is None:
+        raise ValueError(f"method must be one of {', '.join(method_names())}, got {name!r}")
+    return found.make(**options)
+
+
+__all__ = ["LightVLM", "Random", "method", "method_names"]

@@ -1,0 +1,145 @@
+"""What a method is: where it works (stages), how it scores (a probe), and how it reduces.
+
+A prefill method is one file: a frozen dataclass deriving from :class:`PrefillPart`. The runtime calls ``stages`` once
+per prompt, runs attention, asks for ``probe`` rows at the layer before each stage, and hands ``reduce`` a
+:class:`StageInput`. Methods never see models, caches or padding rules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from ..plan import Part, Plan
+
+if TYPE_CHECKING:
+    from lightvlm_ext.ops import Selection
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Image tokens are reduced at the input of decoder layer ``layer`` to ``keep`` of their original number."""
+
+    layer: int
+    keep: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Which query rows score the keys, and how their attention is reduced (see ``lightvlm_ext.ops.importance``).
+
+    ``rows``: "text" are the prompt's text tokens that come after an image (at most the last ``limit`` of them),
+    "last" is the last token alone.
+    """
+
+    rows: Literal["text", "last"] = "text"
+    limit: int = 64
+    over_rows: Literal["mean", "max", "sum"] = "mean"
+    over_heads: Literal["mean", "max", "sum"] = "mean"
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """What a method sees of a batch at a stage. B rows, M tokens, C channels, G images in the row that has most.
+
+    Attributes:
+        hidden (B, M, C): input of the layer.
+        scores (B, M) fp32 or None: attention that each token received from the probe rows in the layer before.
+        segment (B, M) int32: number of the image a token belongs to, -1 for text and padding.
+        within (B, M) int32: index of an image token in its original image.
+        text (B, M) bool: text tokens; they are always kept.
+        keep (B, G) int32: tokens to keep of each image.
+        capacity: tokens of the longest row after the stage.
+    """
+
+    hidden: Tensor
+    scores: Tensor | None
+    segment: Tensor
+    within: Tensor
+    text: Tensor
+    keep: Tensor
+    capacity: int
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A stage's result: which tokens stay, and their hidden states (B, capacity, C), rows flush right."""
+
+    selection: Selection
+    hidden: Tensor
+
+
+class PrefillPart(Part):
+    """Base of prefill methods. Subclasses are frozen dataclasses with at least a ``keep`` field."""
+
+    slot = "prefill"
+    min_image_tokens: int
+
+    def stages(self, layers: int) -> tuple[Stage, ...]:
+        """The stages for a decoder of ``layers`` layers, in ascending order; empty keeps everything."""
+        raise NotImplementedError
+
+    @property
+    def probe(self) -> Probe | None:
+        """The rows that score, or None where the method needs no score."""
+        return None
+
+    def reduce(self, stage: StageInput) -> Reduced:
+        """Choose and merge or drop the image tokens of a stage."""
+        raise NotImplementedError
+
+
+def keep_count(tokens: int, keep: float) -> int:
+    """Tokens left of an image: max(1, floor(keep * tokens + 1/2))."""
+    return max(1, math.floor(keep * tokens + 0.5))
+
+
+def pyramid_stages(
+    layers: int, keep: float, at: tuple[int, ...] | None, fractions: tuple[float, ...] | None, default_at: Callable[[int], tuple[int, ...]]
+) -> tuple[Stage, ...]:
+    """The stages of a pyramid that ends at ``keep``.
+
+    Args:
+        layers: depth of the decoder.
+        keep: final share of each image's tokens; 1 keeps everything (no stages).
+        at: layers before whose input tokens are reduced, ascending; None: ``default_at(layers)``.
+        fractions: share kept from each stage on; None: geometric, keep ** (t / T).
+
+    Raises:
+        ValueError: layers outside the decoder or not ascending, fractions that do not fit or do not end at keep.
+    """
+    if keep >= 1:
+        return ()
+    at = default_at(layers) if at is None else at
+    if not at or list(at) != sorted(set(at)) or at[0] < 0 or at[-1] >= layers:
+        raise ValueError(f"layers must be ascending layer numbers within 0..{layers - 1}, got {at}")
+    if fractions is None:
+        fractions = tuple(keep ** (t / len(at)) for t in range(1, len(at))) + (keep,)
+    if len(fractions) != len(at):
+        raise ValueError(f"fractions must have one entry per layer ({len(at)}), got {len(fractions)}")
+    if any(not 0 < f <= 1 for f in fractions) or list(fractions) != sorted(fractions, reverse=True):
+        raise ValueError(f"fractions must lie in (0, 1] and not increase, got {fractions}")
+    if fractions[-1] != keep:
+        raise ValueError(f"the last of fractions must be keep ({keep}), got {fractions[-1]}")
+    return tuple(Stage(layer, fraction) for layer, fraction in zip(at, fractions, strict=True))
+
+
+def check_keep(keep: float) -> None:
+    """Raise unless keep is a number in (0, 1]."""
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise TypeError(f"keep must be a number in (0, 1], got {keep!r}")
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1], got {keep}")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method: its name, the function that makes its plan, and where it comes from."""
+
+    name: str
+    make: Callable[..., Plan]
+    source: str

@@ -1,0 +1,76 @@
+"""Decode-time compaction: evict cached tokens, generated ones too, that recent queries no longer look at.
+
+The policy behind LightVLM's decoding part, in our reading (arXiv 2509.00419 says only that unneeded entries are
+removed): every ``interval`` tokens, keep the sinks, a recent window, and the tokens with the most attention from the
+last ``rows`` queries, up to a share of the sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightvlm_ext import ops
+
+from ..plan import Part, check_options, option, register_part
+from .base import check_keep
+
+if TYPE_CHECKING:
+    from ..cache import CompactLayer
+
+
+@register_part("cache", "decode_compaction")
+@dataclass(frozen=True)
+class DecodeCompaction(Part):
+    """Keep ``keep`` of the sequence: sinks, a recent window, and what the last queries attended to most."""
+
+    keep: float = option(0.35, "share of the logical sequence kept in the cache at each compaction")
+    interval: int = option(64, "compact every so many generated tokens", low=1)
+    sinks: int = option(4, "first tokens of a row that always stay", low=0)
+    recent: int = option(64, "last tokens of a row that always stay", low=1)
+    rows: int = option(16, "query rows that score, the last ones", low=1)
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_options(self)
+        if self.rows > self.interval or self.rows > self.recent:
+            raise ValueError(
+                f"rows must not exceed interval ({self.interval}) or recent ({self.recent}): the scoring queries are "
+                f"generated tokens that are still cached; got {self.rows}"
+            )
+
+    def budget(self, logical: int) -> int:
+        """Tokens of a row that may stay when ``logical`` tokens have been seen."""
+        return max(self.sinks + self.recent, int(self.keep * logical + 0.5))
+
+    def choose(self, layer: CompactLayer, leftpad: list[int]) -> tuple[Tensor, Tensor, list[int]] | None:
+        """What a layer keeps: index (B, M) int32, count (B,) int32 and the counts on the host; None: all of it.
+
+        Args:
+            layer: the cached keys and the last ``rows`` queries.
+            leftpad: padding of each row in the prompt, which the logical length counts.
+        """
+        starts, ends = layer.starts, layer.ends
+        kept = [
+            min(end - start, self.budget(layer.seen - pad))
+            for start, end, pad in zip(starts, ends, leftpad, strict=True)
+        ]
+        queries = layer.recent_queries()
+        if queries.shape[1] == 0 or all(count == end - start for count, start, end in zip(kept, starts, ends, strict=True)):
+            return None
+        keys, device = layer.key_storage[:, : max(ends)], layer.key_storage.device
+        start, end = layer.bounds()
+        scores = ops.importance(queries, keys, scale=layer.scale, lens=end, leftpad=start, rows="sum")
+        at = torch.arange(keys.shape[1], device=device)[None]
+        inside = (at >= start[:, None]) & (at < end[:, None])
+        forced = inside & ((at < start[:, None] + self.sinks) | (at >= end[:, None] - self.recent))
+        free = [
+            max(0, count - min(self.sinks + self.recent, e - s))
+            for count, s, e in zip(kept, starts, ends, strict=True)
+        ]
+        keep = torch.tensor(free, dtype=torch.int32, device=device)
+        chosen = ops.select(scores, keep=keep, forced=forced, candidates=inside, capacity=max(kept))
+        return chosen.index, chosen.count, kept

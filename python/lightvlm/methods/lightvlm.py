@@ -1,0 +1,101 @@
+"""LightVLM: pyramid merging of image tokens at prefill, compaction of the KV cache at decode.
+
+Source: Hu, Shang, Feng, Wan, "LightVLM", arXiv 2509.00419. Only its abstract could be had: tokens are merged at several
+decoder layers until few dominant ones remain, and unneeded KV entries are removed while decoding. The score, the
+layers, the counts, the selection and the merge rule below are *our reading*, chosen on validation scenes of the
+reference VLM (docs/lightvlm.md); each is an option.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lightvlm_ext import ops
+
+from ..plan import Plan, check_options, option, register_part
+from .base import PrefillPart, Probe, Reduced, Stage, StageInput, check_keep, pyramid_stages
+from .decode_compaction import DecodeCompaction
+
+
+def default_layers(layers: int) -> tuple[int, ...]:
+    """Three stages early in the decoder, at 1/8, 1/4 and 3/8 of its depth, the first after at least one layer."""
+    at = sorted({max(1, layers // 8), max(2, layers // 4), max(3, 3 * layers // 8)})
+    return tuple(layer for layer in at if layer < layers)
+
+
+@register_part("prefill", "lightvlm")
+@dataclass(frozen=True)
+class LightVLMPrefill(PrefillPart):
+    """Pyramid merging inside the decoder (our reading of LightVLM's encoding part)."""
+
+    keep: float = option(0.35, "final share of each image's tokens")
+    layers: tuple[int, ...] | None = option(None, "reduce at the input of these layers; None: 1/8, 1/4, 3/8 of the depth")
+    fractions: tuple[float, ...] | None = option(None, "share kept from each stage on; None: geometric")
+    probe_rows: Literal["text", "last"] = option("text", "query rows that score", choices=("text", "last"))
+    probe_limit: int = option(64, "at most this many of the last text rows", low=1)
+    over_rows: Literal["mean", "max"] = option("mean", "reduction of the score over rows", choices=("mean", "max"))
+    over_heads: Literal["mean", "max"] = option("mean", "reduction of the score over heads", choices=("mean", "max"))
+    selection: Literal["diverse", "top"] = option("diverse", "greedy diverse, or highest scores", choices=("diverse", "top"))
+    strength: float = option(1.0, "how much a token's likeness to chosen ones counts against it", low=0.0, high=1.0)
+    merge: Literal["uniform", "score", "drop"] = option(
+        "uniform", "dropped tokens merge with equal weights, with their scores, or not at all", choices=("uniform", "score", "drop")
+    )
+    min_image_tokens: int = option(32, "step aside below this many image tokens in a prompt", low=0)
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_options(self)
+
+    def stages(self, layers: int) -> tuple[Stage, ...]:
+        found = pyramid_stages(layers, self.keep, self.layers, self.fractions, default_layers)
+        if found and found[0].layer == 0:
+            raise ValueError("layers must start at 1 or later: the score comes from the layer before")
+        return found
+
+    @property
+    def probe(self) -> Probe:
+        return Probe(self.probe_rows, self.probe_limit, self.over_rows, self.over_heads)
+
+    def reduce(self, stage: StageInput) -> Reduced:
+        assert stage.scores is not None
+        chosen = {"keep": stage.keep, "forced": stage.text, "segment": stage.segment, "capacity": stage.capacity}
+        if self.selection == "diverse":
+            selection = ops.select_diverse(stage.scores, stage.hidden, strength=self.strength, **chosen)
+        else:
+            selection = ops.select(stage.scores, **chosen)
+        if self.merge == "drop":
+            hidden = ops.gather_tokens(stage.hidden, selection.index, selection.count, align="right")
+        else:
+            weight = stage.scores.clamp_min(0) if self.merge == "score" else torch.ones_like(stage.scores)
+            hidden = ops.merge_tokens(stage.hidden, selection, weight, stage.segment, align="right")
+        return Reduced(selection, hidden)
+
+
+def LightVLM(  # noqa: N802  a method is named as in its paper
+    keep: float = 0.35,
+    *,
+    decode_keep: float | None = 0.35,
+    decode_interval: int = 64,
+    decode_sinks: int = 4,
+    decode_recent: int = 64,
+    **options: object,
+) -> Plan:
+    """LightVLM's plan: image tokens merged in a pyramid at prefill, the KV cache compacted while decoding.
+
+    Args:
+        keep: final tokens of each image over its original tokens, in (0, 1]; 1 keeps all.
+        decode_keep: share of the sequence that the cache holds after each compaction; None: never compact.
+        decode_interval, decode_sinks, decode_recent: see :class:`DecodeCompaction`.
+        options: see :class:`LightVLMPrefill`.
+
+    Raises:
+        ValueError, TypeError: an option out of range; the message names it.
+    """
+    prefill = LightVLMPrefill(keep=keep, **options)  # type: ignore[arg-type]
+    cache = None
+    if decode_keep is not None and decode_keep != 1:
+        cache = DecodeCompaction(decode_keep, decode_interval, decode_sinks, decode_recent)
+    return Plan(prefill=prefill, cache=cache)

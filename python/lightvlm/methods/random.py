@@ -1,0 +1,57 @@
+"""Random dropping of image tokens: the baseline that every method has to beat at the same counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lightvlm_ext import ops
+
+from ..plan import Plan, check_options, option, register_part
+from .base import PrefillPart, Reduced, Stage, StageInput, check_keep, pyramid_stages
+from .lightvlm import default_layers
+
+
+@register_part("prefill", "random")
+@dataclass(frozen=True)
+class RandomPrefill(PrefillPart):
+    """Keep random image tokens, at the layers and counts of LightVLM's default schedule unless told otherwise."""
+
+    keep: float = option(0.35, "final share of each image's tokens")
+    layers: tuple[int, ...] | None = option(None, "reduce at the input of these layers; None: as LightVLM")
+    fractions: tuple[float, ...] | None = option(None, "share kept from each stage on; None: geometric")
+    merge: Literal["drop", "uniform"] = option("drop", "dropped tokens vanish, or merge", choices=("drop", "uniform"))
+    seed: int = option(0, "seed of the choice", low=0)
+    min_image_tokens: int = option(32, "step aside below this many image tokens in a prompt", low=0)
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_options(self)
+
+    def stages(self, layers: int) -> tuple[Stage, ...]:
+        return pyramid_stages(layers, self.keep, self.layers, self.fractions, default_layers)
+
+    def reduce(self, stage: StageInput) -> Reduced:
+        # One number per index in an image, not per place in the batch: a row is reduced alike alone and in a batch,
+        # and every stage keeps a subset of what the stage before kept.
+        generator = torch.Generator().manual_seed(self.seed)
+        numbers = torch.rand(_MAX_IMAGE_TOKENS, generator=generator).to(stage.hidden.device)
+        scores = numbers[stage.within.long() % _MAX_IMAGE_TOKENS]
+        selection = ops.select(
+            scores, keep=stage.keep, forced=stage.text, segment=stage.segment, capacity=stage.capacity
+        )
+        if self.merge == "drop":
+            hidden = ops.gather_tokens(stage.hidden, selection.index, selection.count, align="right")
+        else:
+            hidden = ops.merge_tokens(stage.hidden, selection, torch.ones_like(scores), stage.segment, align="right")
+        return Reduced(selection, hidden)
+
+
+_MAX_IMAGE_TOKENS = 1 << 16
+
+
+def Random(keep: float = 0.35, **options: object) -> Plan:  # noqa: N802
+    """A plan that keeps random image tokens; options: see :class:`RandomPrefill`."""
+    return Plan(prefill=RandomPrefill(keep=keep, **options))  # type: ignore[arg-type]

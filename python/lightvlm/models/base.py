@@ -1,0 +1,83 @@
+"""What the runtime must know of a model family: where its layers are, and where its image tokens.
+
+A family is one small file: a subclass of :class:`Adapter` that names the transformers classes it fits. Nothing here
+imports transformers: classes are recognised by name, so that importing lightvlm stays cheap.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Adapter:
+    """Access to the parts of one VLM.
+
+    Class attributes: ``classes``, the names of the transformers classes (with their heads) the family fits;
+    ``first_layer``, the first decoder layer at whose input tokens may be reduced.
+    """
+
+    classes: ClassVar[tuple[str, ...]] = ()
+    first_layer: ClassVar[int] = 0
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def base(self) -> nn.Module:
+        """The module whose forward takes input_ids and images, and runs the text decoder."""
+        return self.model.model  # type: ignore[return-value]
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The text decoder."""
+        return self.base.language_model  # type: ignore[return-value]
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder's layers."""
+        return list(self.decoder.layers)  # type: ignore[arg-type]
+
+    @property
+    def attentions(self) -> list[nn.Module]:
+        """The attention module of each layer."""
+        return [layer.self_attn for layer in self.layers]  # type: ignore[misc]
+
+    def image_token_ids(self) -> tuple[int, ...]:
+        """Ids of the placeholder tokens that stand for image or video features."""
+        return (int(self.model.config.image_token_id),)  # type: ignore[union-attr,arg-type]
+
+    def image_sizes(self, inputs: dict[str, Any]) -> list[int] | None:
+        """Tokens of each image, in reading order, or None where every stretch of placeholders is one image."""
+        encoded = self.encoded(inputs)
+        if encoded:  # generate() runs the vision tower first: its outputs know their sizes best
+            # images and videos mixed: their order is in the prompt, not in the features
+            return [int(image.shape[0]) for image in encoded[0].pooler_output] if len(encoded) == 1 else None
+        return self.pixel_sizes(inputs)
+
+    def pixel_sizes(self, inputs: dict[str, Any]) -> list[int] | None:
+        """:meth:`image_sizes` of a call that brings pixels."""
+        return None
+
+    def encoded(self, inputs: dict[str, Any]) -> list[Any]:
+        """Outputs of the vision tower that came with the call."""
+        outputs = inputs.get("mm_encoder_outputs") or {}
+        return [output for output in outputs.values() if output is not None]
+
+    def has_pixels(self, inputs: dict[str, Any]) -> bool:
+        """Whether the call brings images."""
+        names = ("pixel_values", "pixel_values_videos")
+        return bool(self.encoded(inputs)) or any(inputs.get(name) is not None for name in names)
+
+    def is_image(self, inputs: dict[str, Any]) -> Tensor | None:
+        """(B, S) bool: placeholder tokens; None where the call brings no image."""
+        if not self.has_pixels(inputs):
+            return None
+        ids = self.image_token_ids()
+        if inputs.get("input_ids") is not None:
+            return torch.isin(inputs["input_ids"], torch.tensor(ids, device=inputs["input_ids"].device))
+        embeds = inputs["inputs_embeds"]
+        table = self.decoder.get_input_embeddings().weight  # type: ignore[operator]
+        return torch.stack([(embeds == table[token]).all(-1) for token in ids]).any(0)

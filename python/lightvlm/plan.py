@@ -1,0 +1,163 @@
+"""Plans: what to do to a model, as plain frozen data.
+
+A :class:`Plan` has three independent parts. ``prefill`` reduces image tokens inside the decoder while the prompt is
+read, ``cache`` compacts the KV cache while text is generated, ``precision`` stores it in fewer bits. Each part is a
+frozen dataclass registered under a ``kind``; its fields are its options, so that a plan survives JSON and a
+command line without any code of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+SCHEMA_VERSION = 1
+
+_KINDS: dict[tuple[str, str], type[Part]] = {}
+PartType = TypeVar("PartType", bound="type[Part]")
+
+
+class Part:
+    """Base of every part of a plan: a frozen dataclass whose fields are its options."""
+
+    slot: ClassVar[str]
+    kind: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The part as JSON-ready data: its kind and every option."""
+        assert dataclasses.is_dataclass(self)
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+def register_part(slot: str, kind: str) -> typing.Callable[[PartType], PartType]:
+    """Class decorator: register a frozen dataclass as the part ``kind`` of ``slot`` (prefill, cache, precision)."""
+    if slot not in ("prefill", "cache", "precision"):
+        raise ValueError(f"slot must be prefill, cache or precision, got {slot!r}")
+
+    def wrap(cls: PartType) -> PartType:
+        if (slot, kind) in _KINDS:
+            raise ValueError(f"a {slot} part named {kind!r} is registered already")
+        cls.slot, cls.kind = slot, kind
+        _KINDS[(slot, kind)] = cls
+        return cls
+
+    return wrap
+
+
+def _freeze(value: Any) -> Any:
+    """JSON arrays come back as lists; the fields of a part are tuples (hashable, comparable)."""
+    return tuple(_freeze(item) for item in value) if isinstance(value, list) else value
+
+
+def _part_from_dict(slot: str, data: Any) -> Part | None:
+    if data is None:
+        return None
+    if not isinstance(data, dict) or "kind" not in data:
+        raise ValueError(f"{slot} must be null or an object with a 'kind', got {data!r}")
+    options = dict(data)
+    kind = options.pop("kind")
+    cls = _KINDS.get((slot, kind))
+    if cls is None:
+        known = sorted(name for s, name in _KINDS if s == slot)
+        raise ValueError(f"unknown {slot} kind {kind!r}; known: {', '.join(known) or 'none'}")
+    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(options) - names)
+    if unknown:
+        raise ValueError(f"{slot} kind {kind!r} has no option {unknown[0]!r}; options: {', '.join(sorted(names))}")
+    return cls(**{name: _freeze(value) for name, value in options.items()})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`lightvlm.attach` does to a model.
+
+    Args:
+        prefill: reduces image tokens at some decoder layers, or None.
+        cache: compacts the KV cache during decoding, or None.
+        precision: stores the KV cache in fewer bits, or None.
+
+    A plan whose parts are all None is the baseline: attaching it changes no bit of the result.
+    """
+
+    prefill: Part | None = None
+    cache: Part | None = None
+    precision: Part | None = None
+
+    def __post_init__(self) -> None:
+        for slot in ("prefill", "cache", "precision"):
+            part = getattr(self, slot)
+            if part is not None and getattr(part, "slot", None) != slot:
+                raise TypeError(f"{slot} must be None or a {slot} part, got {type(part).__name__}")
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The plan as a JSON object with a schema version."""
+        data: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
+        for slot in ("prefill", "cache", "precision"):
+            part = getattr(self, slot)
+            data[slot] = None if part is None else part.to_dict()
+        return json.dumps(data, indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: not JSON, another schema version, an unknown part, an unknown or bad option.
+        """
+        from . import methods as _methods  # noqa: F401  registers the built-in parts
+
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"plan is not JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise ValueError(f"plan must be a JSON object, got {type(data).__name__}")
+        version = data.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"plan has schema_version {version!r}; this version reads {SCHEMA_VERSION}")
+        unknown = sorted(set(data) - {"prefill", "cache", "precision"})
+        if unknown:
+            raise ValueError(f"plan has no part {unknown[0]!r}; parts: prefill, cache, precision")
+        return cls(**{slot: _part_from_dict(slot, data.get(slot)) for slot in ("prefill", "cache", "precision")})
+
+
+def check_options(part: Part) -> None:
+    """Check every field of a part against its annotation and the ``choices``/``low``/``high`` of its metadata.
+
+    Options come from command lines and JSON files as often as from code, so a wrong one must name itself.
+    """
+    hints = typing.get_type_hints(type(part))
+    for field in dataclasses.fields(part):  # type: ignore[arg-type]
+        value = getattr(part, field.name)
+        if value is None and type(None) in typing.get_args(hints[field.name]):
+            continue
+        expected = _plain_types(hints[field.name])
+        if isinstance(value, bool) and bool not in expected or not isinstance(value, expected):
+            names = " or ".join(kind.__name__ for kind in expected)
+            raise TypeError(f"{field.name} must be {names}, got {value!r}")
+        choices = field.metadata.get("choices")
+        if choices is not None and value not in choices:
+            raise ValueError(f"{field.name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        low, high = field.metadata.get("low"), field.metadata.get("high")
+        if low is not None and isinstance(value, int | float) and not value >= low:
+            raise ValueError(f"{field.name} must be at least {low}, got {value!r}")
+        if high is not None and isinstance(value, int | float) and not value <= high:
+            raise ValueError(f"{field.name} must be at most {high}, got {value!r}")
+
+
+def _plain_types(hint: Any) -> tuple[type, ...]:
+    """The classes that ``isinstance`` may test for an annotation such as ``float | None`` or ``tuple[int, ...]``."""
+    if typing.get_origin(hint) is typing.Literal:
+        return tuple({type(choice) for choice in typing.get_args(hint)})
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = tuple(typing.get_origin(option) or option for option in options if option is not type(None))
+    return (*plain, int) if float in plain else plain
+
+
+def option(default: Any, doc: str, **limits: Any) -> Any:
+    """A documented option of a part: ``choices=``, ``low=``, ``high=`` are checked by :func:`check_options`."""
+    return dataclasses.field(default=default, metadata={"doc": doc, **limits})

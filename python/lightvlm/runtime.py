@@ -1,0 +1,376 @@
+"""attach: put a plan on a model, and take it off again.
+
+Two hook points do everything. The text decoder's attention is set to our registered function, which sees queries and
+keys after the rotary embedding; and a forward pre-hook on every decoder layer shortens hidden states, rotary tables and
+positions together. ``detach`` restores the model bit for bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+import weakref
+from collections import Counter
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import attention_hook
+from .flops import prefill_flops
+from .layout import BatchLayout, LayoutError, read_layout
+from .methods.base import PrefillPart
+from .models import find_adapter
+from .models.base import Adapter
+from .plan import Plan
+from .report import Report
+from .session import Prefill
+
+if TYPE_CHECKING:
+    from .cache import CompactCache
+
+
+def attach(model: nn.Module, plan: Plan) -> Run:
+    """Put a plan on a model.
+
+    Args:
+        model: a VLM of transformers of a family that lightvlm knows (``lightvlm doctor`` lists them).
+        plan: what to do, from a method such as :func:`lightvlm.LightVLM`.
+
+    Returns:
+        A handle, also a context manager: ``with lightvlm.attach(model, plan) as run: model.generate(...)``.
+        ``forward()`` works too; where image tokens are reduced, ``logits`` and ``hidden_states`` get shorter: row b's last
+        token stays last, and its tokens stand flush right. ``past_key_values`` of the output is the cache to go on with.
+
+    Raises:
+        TypeError: model or plan of the wrong kind, or a model class that lightvlm does not know.
+        ValueError: the model is attached already, or its decoder cannot take the plan; nothing is changed.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a lightvlm.Plan, got {type(plan).__name__}")
+    adapter = find_adapter(model)
+    if any(hasattr(attention, "_lightvlm_run") for attention in adapter.attentions):
+        raise ValueError("model is attached already; detach the other run first")
+    if plan.precision is not None:
+        raise ValueError("plan.precision is not supported by this version")
+    if plan.prefill is not None:
+        assert isinstance(plan.prefill, PrefillPart)
+        stages = plan.prefill.stages(len(adapter.layers))
+        if stages and stages[0].layer < adapter.first_layer:
+            raise ValueError(
+                f"plan reduces tokens at layer {stages[0].layer}; {type(model).__name__} allows it from layer "
+                f"{adapter.first_layer} on"
+            )
+    return Run(adapter, plan)
+
+
+class Run:
+    """A plan at work on a model; made by :func:`attach`."""
+
+    def __init__(self, adapter: Adapter, plan: Plan) -> None:
+        from lightvlm_ext import observe
+
+        self.plan = plan
+        self._adapter = adapter
+        self._signature = inspect.signature(adapter.base.forward)
+        self._prefill: Prefill | None = None
+        self._cache: CompactCache | None = None
+        self._layout: BatchLayout | None = None
+        self._prompt = False
+        self._started = 0.0
+        self._stats = _Statistics(len(adapter.layers))
+        self._observe = observe
+        self._observer: AbstractContextManager[object] | None = None
+        config = adapter.decoder.config
+        self._original: str = config._attn_implementation  # type: ignore[union-attr,assignment]
+        self._handles = [
+            adapter.model.register_forward_pre_hook(self._refuse_labels, with_kwargs=True),
+            adapter.base.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            adapter.base.register_forward_hook(self._after_model, always_call=True),
+        ]
+        for index, layer in enumerate(adapter.layers):
+            self._handles.append(layer.register_forward_pre_hook(_LayerHook(self, index), with_kwargs=True))
+        for attention in adapter.attentions:
+            attention._lightvlm_run = self  # type: ignore[assignment]
+        config._attn_implementation = attention_hook.register(self._original)  # type: ignore[union-attr]
+
+    # -- handle ------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Restore the model. Harmless when called twice."""
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for attention in self._adapter.attentions:
+            del attention._lightvlm_run
+        self._adapter.decoder.config._attn_implementation = self._original  # type: ignore[union-attr]
+
+    @property
+    def attached(self) -> bool:
+        """Whether the plan is on the model."""
+        return bool(self._handles)
+
+    def report(self) -> Report:
+        """What happened since attach (see :class:`lightvlm.report.Report`)."""
+        return self._stats.report(self._adapter)
+
+    # -- hooks -------------------------------------------------------------------------------------------------
+
+    def _refuse_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("labels") is not None and self.plan.prefill is not None:
+            raise ValueError("labels cannot be used while a plan shortens the sequence; detach the run first")
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = self._signature.bind(*args, **kwargs).arguments
+        inputs.update(inputs.pop("kwargs", {}))
+        self._prefill = self._cache = self._layout = None
+        self._prompt = False
+        self._started = time.perf_counter()
+        self._observer = self._observe(self._stats.add_op)
+        self._observer.__enter__()
+        cache = inputs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            self._continue(cache, inputs)
+        else:
+            self._begin(cache, inputs)
+        return (), inputs
+
+    def _continue(self, cache: Any, inputs: dict[str, Any]) -> None:
+        """More tokens on a filled cache: they are all appended, and image tokens among them are not reduced."""
+        if _is_compact(cache) and cache.leftpad:
+            cache.run = weakref.ref(self)
+            self._cache = cache
+        if self.plan.prefill is not None and self._adapter.has_pixels(inputs):
+            self._stats.step_aside("an image arrived on a cache that already holds tokens")
+
+    def _begin(self, cache: Any, inputs: dict[str, Any]) -> None:
+        """A prompt on an empty cache: plan its reduction and put a CompactCache in the place of a dynamic one."""
+        self._prompt = True
+        plan = self.plan
+        if plan.prefill is None and plan.cache is None:
+            return
+        mask = inputs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            return self._stats.step_aside("the attention mask is not a 2-D padding mask")
+        try:
+            layout = self._read_layout(inputs, mask)
+        except LayoutError as error:
+            return self._stats.step_aside(str(error))
+        use_cache = inputs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(self._adapter.decoder.config, "use_cache", True)
+        if use_cache or cache is not None:
+            if cache is not None and not _replaceable(cache):
+                return self._stats.step_aside(f"a {type(cache).__name__} was given; leave it out or pass a CompactCache")
+            self._cache = self._own_cache(cache, layout)
+        self._layout = layout
+        self._prefill = self._plan_prefill(layout, inputs)
+        if self._cache is not None:
+            if self._prefill is None and plan.cache is None and not _is_compact(cache):
+                self._cache = None  # nothing to do: leave the model's own cache alone
+            else:
+                inputs["past_key_values"] = self._cache
+        return None
+
+    def _read_layout(self, inputs: dict[str, Any], mask: Tensor | None) -> BatchLayout:
+        """The one host read of a prefill."""
+        tokens = inputs.get("input_ids")
+        tokens = tokens if tokens is not None else inputs["inputs_embeds"]
+        is_image = self._adapter.is_image(inputs)
+        if is_image is None:
+            is_image = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        if mask is None:
+            mask = torch.ones_like(is_image)
+        elif mask.shape != is_image.shape:
+            raise LayoutError("the attention mask and the tokens differ in shape")
+        on_host = torch.stack([is_image, mask.to(is_image.device).bool()]).cpu()
+        return read_layout(on_host[0], on_host[1], self._adapter.image_sizes(inputs) if on_host[0].any() else None)
+
+    def _own_cache(self, cache: Any, layout: BatchLayout) -> CompactCache:
+        from .cache import CompactCache
+
+        own = cache if _is_compact(cache) else CompactCache(self._adapter.decoder.config, self.plan)
+        own.run = weakref.ref(self)
+        own.leftpad = [row.leftpad for row in layout.rows]
+        own.since_compaction = 0
+        return own
+
+    def _plan_prefill(self, layout: BatchLayout, inputs: dict[str, Any]) -> Prefill | None:
+        part = self.plan.prefill
+        if part is None or not layout.has_images:
+            return None
+        assert isinstance(part, PrefillPart)
+        longest = max(sum(row.image_sizes) for row in layout.rows)
+        if longest < part.min_image_tokens:
+            self._stats.step_aside(f"fewer than min_image_tokens ({part.min_image_tokens}) image tokens")
+            return None
+        tokens = inputs.get("input_ids")
+        tokens = tokens if tokens is not None else inputs["inputs_embeds"]
+        prefill = Prefill(part, layout, len(self._adapter.layers), tokens.device)
+        return prefill if prefill.stages else None
+
+    def _before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._prefill is None:
+            return None
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        return (self._prefill.enter(index, hidden, kwargs),), kwargs
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The decoder's attention. query (B, Hq, S, D), key and value (B, Hkv, N, D); returns (B, S, Hq, D)."""
+        index: int = module.layer_idx  # type: ignore[assignment]
+        scale = kwargs.get("scaling")
+        layer = self._cache.layers[index] if self._cache is not None else None
+        call = attention_hook.original_function(module, self._original)
+        weights = None
+        if self._prompt:
+            level = self._prefill.level if self._prefill is not None else None
+            if self._prefill is not None and self._prefill.reduced:
+                assert level is not None
+                out = attention_hook.causal_rows(
+                    call, self._original == "eager", module, query, key, value, level.starts, **kwargs
+                )
+            else:
+                out, weights = call(module, query, key, value, mask, **kwargs)
+            if self._prefill is not None and self._prefill.scores_at(index):
+                self._prefill.score(query, key, scale)
+            if layer is not None and self._layout is not None:
+                starts = level.starts if level is not None else [row.leftpad for row in self._layout.rows]
+                shortened = self._prefill is not None and self._prefill.reduced
+                tail = level.tail if level is not None and shortened else self._layout.length
+                layer.begin(starts, self._layout.length, tail, shortened)
+        elif layer is not None and layer.ragged:
+            starts, ends = (None, None) if _whole(layer) else layer.bounds()
+            out = attention_hook.decode_rows(query, key, value, starts, ends, scale)
+        else:
+            out, weights = call(module, query, key, value, mask, **kwargs)
+        if not self._prompt and layer is not None and self.plan.cache is not None:
+            layer.remember_queries(query.transpose(1, 2), scale)
+        return out, weights
+
+    def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        if output is not None:  # None: the forward raised
+            if self._cache is not None and not self._prompt:
+                self._cache.step(_new_tokens(output))
+            self._stats.add_time("prefill" if self._prompt else "decode", time.perf_counter() - self._started)
+            if self._prompt and self._layout is not None:
+                self._stats.add_prompt(self._layout, self._prefill)
+            if self._cache is not None:
+                self._stats.add_cache(self._cache)
+        self._prefill = self._layout = self._cache = None
+        self._prompt = False
+        if self._observer is not None:
+            self._observer.__exit__(None, None, None)
+            self._observer = None
+
+
+class _LayerHook:
+    """Pre-hook of one decoder layer."""
+
+    def __init__(self, run: Run, index: int) -> None:
+        self.run, self.index = run, index
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.run._before_layer(self.index, args, kwargs)
+
+
+def _new_tokens(output: Any) -> int:
+    """Tokens that the base model just computed."""
+    hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+    return int(hidden.shape[1])
+
+
+def _is_compact(cache: Any) -> bool:
+    from .cache import CompactCache
+
+    return isinstance(cache, CompactCache)
+
+
+def _replaceable(cache: Any) -> bool:
+    """An empty dynamic cache holds nothing that ours would lose; any other kind was chosen on purpose."""
+    return _is_compact(cache) or type(cache).__name__ == "DynamicCache"
+
+
+def _whole(layer: Any) -> bool:
+    """Whether every row's keys fill the stored length, so that no mask is needed."""
+    return not any(layer.starts) and len(set(layer.ends)) == 1
+
+
+class _Statistics:
+    """Sums over the prompts and steps of a run."""
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self._rows = self._image_rows = 0
+        self._tokens = [0] * layers
+        self._image_tokens = 0
+        self._image_kept = [0] * layers
+        self._counts: list[list[int]] = [[] for _ in range(layers)]
+        self._full: list[int] = []
+        self._bytes = (0, 0, 0)
+        self._compactions = 0
+        self._seconds: Counter[str] = Counter()
+        self._op_calls: Counter[str] = Counter()
+        self._op_seconds: dict[str, float] = {}
+        self._aside: Counter[str] = Counter()
+
+    def step_aside(self, reason: str) -> None:
+        self._aside[reason] += 1
+
+    def add_time(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] += seconds  # type: ignore[assignment]
+
+    def add_op(self, name: str, seconds: float | None) -> None:
+        self._op_calls[name] += 1
+        if seconds is not None:
+            self._op_seconds[name] = self._op_seconds.get(name, 0.0) + seconds
+
+    def add_prompt(self, layout: BatchLayout, prefill: Prefill | None) -> None:
+        self._rows += len(layout.rows)
+        with_image = [bool(row.image_sizes) for row in layout.rows]
+        self._image_rows += sum(with_image)
+        self._image_tokens += sum(sum(row.image_sizes) for row in layout.rows)
+        self._full += [row.tokens for row in layout.rows]
+        for index in range(self._layers):
+            rows = prefill.tokens_at(index).rows if prefill is not None else layout.rows
+            self._counts[index] += [row.tokens for row in rows]
+            self._tokens[index] += sum(row.tokens for row in rows)
+            self._image_kept[index] += sum(sum(row.image_sizes) for row in rows)
+
+    def add_cache(self, cache: CompactCache) -> None:
+        self._bytes = (cache.kv_bytes_used, cache.kv_bytes_allocated, cache.kv_bytes_full)
+
+    def report(self, adapter: Adapter) -> Report:
+        rows, images = max(1, self._rows), max(1, self._image_rows)
+        full = prefill_flops(adapter, [self._full] * self._layers)
+        share = prefill_flops(adapter, self._counts) / full if full else 1.0
+        kept = sum(self._image_kept)
+        return Report(
+            prefills=self._rows,
+            tokens_per_layer=[count / rows for count in self._tokens],
+            image_tokens=self._image_tokens / images,
+            image_tokens_kept=[count / images for count in self._image_kept],
+            image_keep_share=kept / (self._layers * self._image_tokens) if self._image_tokens else 1.0,
+            flops_share=share,
+            kv_bytes_used=self._bytes[0],
+            kv_bytes_allocated=self._bytes[1],
+            kv_bytes_full=self._bytes[2],
+            seconds=dict(self._seconds),
+            op_calls=dict(self._op_calls),
+            op_seconds=dict(self._op_seconds),
+            compactions=self._op_calls["compact_kv_"],
+            stepped_aside=dict(self._aside),
+        )

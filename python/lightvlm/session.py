@@ -1,0 +1,194 @@
+"""One sequence's way through an attached model: from its prompt to its last token.
+
+A session is made when a prompt enters an empty cache and lives in that cache. It knows, on the host, how long every
+row is at every layer; the device is asked only where the image tokens are, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightvlm_ext import ops
+
+from .layout import FIRST_IMAGE, TEXT, BatchLayout, RowLayout, Run
+from .methods.base import PrefillPart, Probe, StageInput, keep_count
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Level:
+    """The batch between two stages: its rows, and the layers' inputs cut to their length."""
+
+    rows: tuple[RowLayout, ...]
+    length: int
+
+    @property
+    def starts(self) -> list[int]:
+        """Padding of each row; rows stand flush right."""
+        return [self.length - row.tokens for row in self.rows]
+
+    @property
+    def tail(self) -> int:
+        """Tokens at the end of every row that no reduction touches."""
+        return min((row.trailing_text for row in self.rows), default=0)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage for this batch: what stays of every image, known before the layer runs."""
+
+    after: Level
+    keep: list[list[int]]
+
+
+def plan_stage(level: Level, originals: list[tuple[int, ...]], keep: float) -> StagePlan:
+    """Counts and layout after keeping ``keep`` of each image's original tokens (never more than are left)."""
+    rows, counts = [], []
+    for row, original in zip(level.rows, originals, strict=True):
+        kept: list[int] = []
+        runs = []
+        for run in row.runs:
+            if run.image is None:
+                runs.append(run)
+            else:
+                kept.append(min(run.tokens, keep_count(original[run.image], keep)))
+                runs.append(Run(run.image, kept[-1]))
+        rows.append(RowLayout(0, tuple(runs)))
+        counts.append(kept)
+    length = max(row.tokens for row in rows)
+    return StagePlan(Level(tuple(rows), length), counts)
+
+
+class Prefill:
+    """Reduces the hidden states of one prompt on their way through the layers."""
+
+    def __init__(self, part: PrefillPart, layout: BatchLayout, layers: int, device: torch.device) -> None:
+        self.part = part
+        self.layers = layers
+        first = Level(layout.rows, layout.length)
+        self.levels = [first]
+        self.stages: dict[int, StagePlan] = {}
+        originals = [row.image_sizes for row in layout.rows]
+        for stage in part.stages(layers):
+            planned = plan_stage(self.levels[-1], originals, stage.keep)
+            self.stages[stage.layer] = planned
+            self.levels.append(planned.after)
+        self.level = first
+        self._codes = layout.codes.to(device)
+        self._within = layout.within.to(device)
+        self._inputs: dict[str, Any] = {}
+        self._scores: Tensor | None = None
+
+    @property
+    def reduced(self) -> bool:
+        """Whether a stage has run: from then on layers get our inputs instead of the model's."""
+        return self.level is not self.levels[0]
+
+    def tokens_at(self, layer: int) -> Level:
+        """The level that a layer computes on."""
+        passed = sum(stage <= layer for stage in self.stages)
+        return self.levels[passed]
+
+    def scores_at(self, layer: int) -> bool:
+        """Whether the attention of this layer must score the tokens: a stage comes right after it."""
+        return layer + 1 in self.stages and self.part.probe is not None
+
+    def score(self, query: Tensor, key: Tensor, scale: float | None) -> None:
+        """Score this level's tokens. query (B, Hq, M, D), key (B, Hkv, M, D), as attention gets them."""
+        probe = self.part.probe
+        assert probe is not None
+        positions = [_probe_positions(row, start, probe) for row, start in zip(self.level.rows, self.level.starts, strict=True)]
+        rows, row_pos = _gather_rows(query.transpose(1, 2), positions)
+        device = query.device
+        self._scores = ops.importance(
+            rows,
+            key.transpose(1, 2),
+            scale=scale,
+            row_pos=torch.tensor(row_pos, dtype=torch.int32, device=device),
+            leftpad=torch.tensor(self.level.starts, dtype=torch.int32, device=device),
+            rows=probe.over_rows,
+            heads=probe.over_heads,
+        )
+
+    def enter(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The hidden states a layer shall get; its keyword arguments are cut to them in place."""
+        stage = self.stages.get(layer)
+        if stage is not None:
+            hidden = self._reduce(stage, hidden, kwargs)
+        if self.reduced:
+            kwargs.update(self._inputs)
+        return hidden
+
+    def _reduce(self, stage: StagePlan, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        device = hidden.device
+        images = max(len(kept) for kept in stage.keep)
+        keep = torch.tensor([kept + [0] * (images - len(kept)) for kept in stage.keep], dtype=torch.int32, device=device)
+        segment = torch.where(self._codes >= FIRST_IMAGE, self._codes - FIRST_IMAGE, -1).to(torch.int32)
+        reduced = self.part.reduce(
+            StageInput(
+                hidden=hidden,
+                scores=self._scores,
+                segment=segment,
+                within=self._within,
+                text=self._codes == TEXT,
+                keep=keep,
+                capacity=stage.after.length,
+            )
+        )
+        before = self._inputs if self.reduced else kwargs
+        self._cut(before, reduced.selection.index, reduced.selection.count, hidden.shape[0])
+        self._scores = None
+        self.level = stage.after
+        return reduced.hidden
+
+    def _cut(self, before: dict[str, Any], index: Tensor, count: Tensor, batch: int) -> None:
+        """Cut everything that runs along the tokens to the kept ones, in one launch."""
+        cos, sin = before["position_embeddings"]
+        position_ids = before.get("position_ids")
+        streams = [_tokens_second(cos, batch), _tokens_second(sin, batch), self._codes, self._within]
+        if position_ids is not None:
+            streams.append(_tokens_second(position_ids[..., None], batch))
+        cut = ops.gather_tokens(streams, index, count, align="right")
+        self._codes, self._within = cut[2], cut[3]
+        self._inputs = {
+            "position_embeddings": (_tokens_back(cut[0], cos.dim()), _tokens_back(cut[1], sin.dim())),
+            "attention_mask": None,
+        }
+        if position_ids is not None:
+            self._inputs["position_ids"] = _tokens_back(cut[4], position_ids.dim() + 1)[..., 0]
+
+
+def _tokens_second(x: Tensor, batch: int) -> Tensor:
+    """(..., B or 1, S, D) as (B, S, ..., D): rotary tables come with the axes of M-RoPE in front, or one shared row."""
+    if x.shape[-3] != batch:
+        x = x.expand(*x.shape[:-3], batch, *x.shape[-2:])
+    return x if x.dim() == 3 else x.permute(1, 2, 0, 3)
+
+
+def _tokens_back(x: Tensor, dims: int) -> Tensor:
+    """Undo :func:`_tokens_second`."""
+    return x if dims == 3 else x.permute(2, 0, 1, 3)
+
+
+def _probe_positions(row: RowLayout, start: int, probe: Probe) -> list[int]:
+    """Where the probe rows of a row of the batch stand: text after an image, else its last token."""
+    positions = row.text_positions_after_image() if probe.rows == "text" else []
+    positions = positions[-probe.limit :] or [row.tokens - 1]
+    return [start + position for position in positions]
+
+
+def _gather_rows(query: Tensor, positions: list[list[int]]) -> tuple[Tensor, list[list[int]]]:
+    """Query rows (B, W, Hq, D) at the positions, and each row's position or -1 where a batch row has fewer."""
+    length, width = query.shape[1], max(len(row) for row in positions)
+    if all(row == list(range(length - len(row), length)) for row in positions):  # the usual prompt: image, then text
+        return query[:, length - width :], [[-1] * (width - len(row)) + row for row in positions]
+    padded = [row + [-1] * (width - len(row)) for row in positions]
+    index = torch.tensor(padded, dtype=torch.int32, device=query.device)
+    count = torch.tensor([len(row) for row in positions], dtype=torch.int32, device=query.device)
+    return ops.gather_tokens(query, index, count), padded
