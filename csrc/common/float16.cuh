@@ -11,10 +11,9 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#define LIGHTVLM_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define LIGHTVLM_HOST_DEVICE inline
 #endif
+
+#include "common/host_device.h"
 
 namespace lightvlm {
 

@@ -86,7 +86,9 @@ cudaError_t launch(const char* name, void (*kernel)(K...), dim3 grid, dim3 block
             return error;
         }
     }
-    kernel<<<grid, block, shared_bytes, stream> > >(static_cast<K>(std::forward<A>(args))...);
+    // clang-format off: it takes a header for C++ and splits the closing chevrons.
+    kernel<<<grid, block, shared_bytes, stream>>>(static_cast<K>(std::forward<A>(args))...);
+    // clang-format on
     return cudaGetLastError();
 #endif
 }

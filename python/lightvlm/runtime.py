@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from .cache import CompactCache
 
 
-def attach(model: nn.Module, plan: Plan) -> Run:
+def attach(model: nn.Module, plan: Plan, *, trace: bool = False) -> Run:
     """Put a plan on a model.
 
     Args:
         model: a VLM of transformers of a family that lightvlm knows (``lightvlm doctor`` lists them).
         plan: what to do, from a method such as :func:`lightvlm.LightVLM`.
+        trace: remember which image tokens each stage kept (:attr:`Run.kept`), for pictures; it reads the device.
 
     Returns:
         A handle, also a context manager: ``with lightvlm.attach(model, plan) as run: model.generate(...)``.
@@ -63,16 +64,19 @@ def attach(model: nn.Module, plan: Plan) -> Run:
                 f"plan reduces tokens at layer {stages[0].layer}; {type(model).__name__} allows it from layer "
                 f"{adapter.first_layer} on"
             )
-    return Run(adapter, plan)
+    return Run(adapter, plan, trace)
 
 
 class Run:
     """A plan at work on a model; made by :func:`attach`."""
 
-    def __init__(self, adapter: Adapter, plan: Plan) -> None:
+    def __init__(self, adapter: Adapter, plan: Plan, trace: bool = False) -> None:
         from lightvlm_ext import observe
 
         self.plan = plan
+        self.kept: dict[int, list[list[list[int]]]] = {}
+        """With ``trace``: stage's layer -> row -> image -> indices of the kept tokens, of the last prompt."""
+        self._trace = trace
         self._adapter = adapter
         self._signature = inspect.signature(adapter.base.forward)
         self._prefill: Prefill | None = None
@@ -218,6 +222,7 @@ class Run:
             return None
         tokens = inputs.get("input_ids")
         tokens = tokens if tokens is not None else inputs["inputs_embeds"]
+        self.kept = {}
         prefill = Prefill(part, layout, len(self._adapter.layers), tokens.device)
         return prefill if prefill.stages else None
 
@@ -225,7 +230,10 @@ class Run:
         if self._prefill is None:
             return None
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        return (self._prefill.enter(index, hidden, kwargs),), kwargs
+        hidden = self._prefill.enter(index, hidden, kwargs)
+        if self._trace and index in self._prefill.stages:
+            self.kept[index] = self._prefill.kept()
+        return (hidden,), kwargs
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any

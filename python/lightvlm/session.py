@@ -125,6 +125,17 @@ class Prefill:
             kwargs.update(self._inputs)
         return hidden
 
+    def kept(self) -> list[list[list[int]]]:
+        """For each row and image, the indices (in the original image) of the tokens that are left; reads the device."""
+        found = []
+        for row, codes, within in zip(self.levels[0].rows, self._codes.tolist(), self._within.tolist(), strict=True):
+            images: list[list[int]] = [[] for _ in row.image_sizes]
+            for code, index in zip(codes, within, strict=True):
+                if code >= FIRST_IMAGE:
+                    images[code - FIRST_IMAGE].append(index)
+            found.append(images)
+        return found
+
     def _reduce(self, stage: StagePlan, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         device = hidden.device
         images = max(len(kept) for kept in stage.keep)
