@@ -2,20 +2,20 @@
 // collectives, runs the blocks of a grid one after another.
 #include "emulation.h"
 
-#include <array>
-#include <bit>
+#include <charconv>
 #include <chrono>
 #include <cstdlib>
+#include <cstring>
 #include <deque>
 #include <exception>
 #include <map>
 #include <mutex>
-#include <numeric>
 #include <string>
 
 #include "emulation_block.h"
 #include "emulation_fiber.h"
 #include "emulation_guard.h"
+#include "emulation_order.h"
 
 uint3 threadIdx;
 uint3 blockIdx;
@@ -25,33 +25,13 @@ dim3 gridDim;
 namespace lightvlm::emulation {
 namespace {
 
-// splitmix64 (Steele, Lea, Flood 2014): a full-period generator of one word of state.
-struct Random {
-    uint64_t state = 0;
-    uint64_t next() {
-        uint64_t z = (state += 0x9e3779b97f4a7c15ull);
-        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-        z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-        return z ^ (z >> 31);
-    }
-};
-
-// A set bit of `mask`, chosen by 16 bits of `dice`.
-unsigned choose_bit(uint32_t mask, uint64_t dice) {
-    const auto count = static_cast<unsigned>(std::popcount(mask));
-    for (unsigned skip = (static_cast<unsigned>(dice & 0xffffu) * count) >> 16; skip > 0; --skip) {
-        mask &= mask - 1;
-    }
-    return static_cast<unsigned>(std::countr_zero(mask));
-}
-
 // What ends a launch; thrown on the launching thread, never across a fiber.
 struct LaunchFailure : std::exception {};
 
 class Engine {
   public:
     void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
-             void* arguments, uint64_t seed);
+             void* arguments);
 
     // Called by the running fiber.
     void collective(const WarpCollective& what, unsigned mask, void* payload, const Site& site);
@@ -68,9 +48,10 @@ class Engine {
     static void fiber_main() noexcept;
     void prepare_fibers(unsigned count, dim3 shape);
     void run_block();
-    Fiber* pick();
     void schedule();
     void wait();
+    template <typename Number>
+    Number from_environment(const char* variable, Number fallback);
 
     void (*body_)(void*) = nullptr;
     void* arguments_ = nullptr;
@@ -83,12 +64,7 @@ class Engine {
     unsigned prepared_ = 0;  // Fibers from here on must be prepared before they run.
     GuardedMemory shared_;
 
-    bool shuffled_ = false;
-    Random random_;
-    unsigned running_warp_ = 0;
-    unsigned stay_in_warp_ = 0;  // Of 64 turns, how many stay in the warp that runs.
-
-    uint64_t atomics_ = 0;
+    ThreadOrder order_;
     uint64_t idle_turns_ = 0;
     std::chrono::steady_clock::time_point idle_since_;
     std::chrono::duration<double> timeout_{};
@@ -109,7 +85,6 @@ void Engine::fiber_main() noexcept {
         if (threw) engine.fail("threw a C++ exception");
         Fiber& self = *engine.current_;
         self.copies.clear();
-        self.copy_groups.clear();
         engine.block_.warps[self.warp].exited |= 1u << self.lane;
         ++engine.block_.exited;
         engine.idle_turns_ = 0;
@@ -117,34 +92,15 @@ void Engine::fiber_main() noexcept {
     }
 }
 
-// Who runs next. Natural order (seed 0): lowest warp, lowest lane. Shuffled: any lane, of the warp
-// that ran last with a chance that differs from block to block, so that warps both keep pace and
-// run far ahead of others.
-Fiber* Engine::pick() {
-    const uint32_t ready_warps = block_.ready_warps;
-    if (ready_warps == 0) return nullptr;
-    unsigned lane = 0;
-    if (shuffled_) {
-        const uint64_t dice = random_.next();
-        const bool stay = (ready_warps >> running_warp_ & 1u) != 0 && (dice & 63u) < stay_in_warp_;
-        if (!stay) running_warp_ = choose_bit(ready_warps, dice >> 8);
-        lane = choose_bit(block_.warps[running_warp_].ready, dice >> 24);
-    } else {
-        running_warp_ = static_cast<unsigned>(std::countr_zero(ready_warps));
-        lane = static_cast<unsigned>(std::countr_zero(block_.warps[running_warp_].ready));
-    }
-    return &block_.fibers[running_warp_ * kWarpLanes + lane];
-}
-
 // Switches to the next ready fiber, or to the launcher if there is none.
 void Engine::schedule() {
     Fiber* const self = current_;
-    Fiber* const next = pick();
-    if (next == self) return;
-    if (next == nullptr) {
+    if (block_.ready_warps == 0) {
         switch_context(self->context, launcher_);
         return;
     }
+    Fiber* const next = &block_.fibers[order_.pick(block_)];
+    if (next == self) return;
     current_ = next;
     threadIdx = next->index;
     switch_context(self->context, next->context);
@@ -173,11 +129,7 @@ void Engine::yield() {
 }
 
 void Engine::maybe_yield() {
-    constexpr uint64_t kShuffledChance = 16;
-    constexpr uint64_t kNaturalPeriod = 1024;  // Only so that spinning on an atomic ends.
-    const bool turn =
-        shuffled_ ? random_.next() % kShuffledChance == 0 : ++atomics_ % kNaturalPeriod == 0;
-    if (turn) yield();
+    if (order_.interrupts()) yield();
 }
 
 void Engine::fail(const std::string& message) {
@@ -272,6 +224,20 @@ void* Engine::shared(size_t bytes, size_t alignment) {
     return shared_.data();
 }
 
+template <typename Number>
+Number Engine::from_environment(const char* variable, Number fallback) {
+    const char* value = std::getenv(variable);
+    if (value == nullptr) return fallback;
+    const char* const end = value + std::strlen(value);
+    Number number{};
+    const auto parsed = std::from_chars(value, end, number);
+    if (parsed.ec != std::errc() || parsed.ptr != end) {
+        error_ = text("%s: got '%s', wants a number", variable, value);
+        throw LaunchFailure();
+    }
+    return number;
+}
+
 void Engine::prepare_fibers(unsigned count, dim3 shape) {
     constexpr size_t kStaggerBytes = 320;
     constexpr size_t kStaggers = 48;
@@ -286,7 +252,6 @@ void Engine::prepare_fibers(unsigned count, dim3 shape) {
         fiber.warp = prepared_ / kWarpLanes;
         fiber.lane = prepared_ % kWarpLanes;
         fiber.copies.clear();
-        fiber.copy_groups.clear();
     }
     for (unsigned i = 0; i < count; ++i) {
         block_.fibers[i].index = {i % shape.x, i / shape.x % shape.y, i / (shape.x * shape.y)};
@@ -297,8 +262,7 @@ void Engine::run_block() {
     block_.start();
     shared_.poison();
     idle_turns_ = 0;
-    running_warp_ = 0;
-    current_ = pick();
+    current_ = &block_.fibers[order_.pick(block_)];
     threadIdx = current_->index;
     switch_context(launcher_, current_->context);
     if (error_.empty() && block_.exited != block_.threads) {
@@ -316,15 +280,13 @@ void Engine::run_block() {
 }
 
 void Engine::run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
-                 void* arguments, uint64_t seed) {
-    constexpr double kDefaultTimeout = 20.0;
-    const char* timeout = std::getenv("LIGHTVLM_EMULATION_TIMEOUT");
-    timeout_ = std::chrono::duration<double>(timeout != nullptr ? std::strtod(timeout, nullptr)
-                                                                : kDefaultTimeout);
+                 void* arguments) {
+    error_.clear();
+    const auto seed = from_environment<uint64_t>("LIGHTVLM_EMULATION_SEED", 1);
+    timeout_ =
+        std::chrono::duration<double>(from_environment<double>("LIGHTVLM_EMULATION_TIMEOUT", 20.0));
     body_ = body;
     arguments_ = arguments;
-    error_.clear();
-    shuffled_ = seed != 0;
     blockDim = block;
     gridDim = grid;
     block_.kernel = name;
@@ -332,40 +294,21 @@ void Engine::run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, v
     prepare_fibers(block_.threads, block);
     shared_.prepare(shared_bytes);
 
-    // The order of blocks: start, start + step, ... modulo their count, which visits each once
-    // because step and count have no common factor.
     const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
-    uint64_t start = 0;
-    uint64_t step = 1;
-    if (shuffled_) {
-        Random order{seed};
-        start = order.next() % count;
-        do {
-            step = 1 + order.next() % count;
-        } while (std::gcd(step, count) != 1);
-    }
-    uint64_t linear = start;
+    BlockOrder blocks(seed, count);
     for (uint64_t i = 0; i < count; ++i) {
-        blockIdx.x = static_cast<unsigned>(linear % grid.x);
-        blockIdx.y = static_cast<unsigned>(linear / grid.x % grid.y);
-        blockIdx.z = static_cast<unsigned>(linear / (uint64_t{grid.x} * grid.y));
-        constexpr std::array<unsigned, 4> kStay = {0, 48, 60, 64};
-        random_.state = seed + linear * 0xd1342543de82ef95ull;
-        stay_in_warp_ = kStay[random_.next() % kStay.size()];
+        const uint64_t number = blocks.next();
+        blockIdx.x = static_cast<unsigned>(number % grid.x);
+        blockIdx.y = static_cast<unsigned>(number / grid.x % grid.y);
+        blockIdx.z = static_cast<unsigned>(number / (uint64_t{grid.x} * grid.y));
+        order_.start(seed, number);
         run_block();
-        linear = (linear + step) % count;
     }
 }
 
 std::mutex launch_mutex;
 std::map<std::string, uint64_t> launch_counts;
 std::string last_failure;
-
-uint64_t seed_from_environment() {
-    constexpr uint64_t kDefaultSeed = 1;
-    const char* value = std::getenv("LIGHTVLM_EMULATION_SEED");
-    return value != nullptr && *value != '\0' ? std::strtoull(value, nullptr, 10) : kDefaultSeed;
-}
 
 }  // namespace
 
@@ -384,34 +327,18 @@ unsigned lane_index() { return engine.current().lane; }
 void* shared_memory(size_t bytes, size_t alignment) { return engine.shared(bytes, alignment); }
 
 void queue_copy(void* destination, const void* source, unsigned bytes, unsigned total) {
-    engine.current().copies.push_back({destination, source, bytes, total});
+    engine.current().copies.queue({destination, source, bytes, total});
 }
-
-void commit_copies() {
-    Fiber& self = engine.current();
-    self.copy_groups.push_back(self.copies.size());
-}
-
+void commit_copies() { engine.current().copies.commit(); }
 void finish_copies(unsigned groups_left_pending) {
-    Fiber& self = engine.current();
-    if (self.copy_groups.size() <= groups_left_pending) return;
-    const auto groups = static_cast<ptrdiff_t>(self.copy_groups.size() - groups_left_pending);
-    const size_t finished = self.copy_groups[groups - 1];
-    for (size_t i = 0; i < finished; ++i) {
-        const PendingCopy& copy = self.copies[i];
-        if (copy.bytes != 0) std::memcpy(copy.destination, copy.source, copy.bytes);
-        std::memset(static_cast<char*>(copy.destination) + copy.bytes, 0, copy.total - copy.bytes);
-    }
-    self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<ptrdiff_t>(finished));
-    self.copy_groups.erase(self.copy_groups.begin(), self.copy_groups.begin() + groups);
-    for (size_t& end : self.copy_groups) end -= finished;
+    engine.current().copies.finish(groups_left_pending);
 }
 
 cudaError_t run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
                 void* arguments) {
     const std::lock_guard lock(launch_mutex);
     try {
-        engine.run(name, grid, block, shared_bytes, body, arguments, seed_from_environment());
+        engine.run(name, grid, block, shared_bytes, body, arguments);
     } catch (const LaunchFailure&) {
         last_failure = engine.error();
         return cudaErrorLaunchFailure;

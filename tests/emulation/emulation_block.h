@@ -33,11 +33,43 @@ inline bool same_site(const Site& a, const Site& b) {
            std::strcmp(a.file_name(), b.file_name()) == 0;
 }
 
-struct PendingCopy {
-    void* destination;
-    const void* source;
-    unsigned bytes;
-    unsigned total;
+// The cp.async copies that one thread has issued and that have not been waited for.
+class PendingCopies {
+  public:
+    struct Copy {
+        void* destination;
+        const void* source;
+        unsigned bytes;
+        unsigned total;
+    };
+
+    void queue(const Copy& copy) { copies_.push_back(copy); }
+    void commit() { group_ends_.push_back(copies_.size()); }
+
+    // Does the copies of all but the `groups_left` latest groups.
+    void finish(size_t groups_left) {
+        if (group_ends_.size() <= groups_left) return;
+        const auto groups = static_cast<ptrdiff_t>(group_ends_.size() - groups_left);
+        const auto done = static_cast<ptrdiff_t>(group_ends_[groups - 1]);
+        for (ptrdiff_t i = 0; i < done; ++i) {
+            const Copy& copy = copies_[i];
+            if (copy.bytes != 0) std::memcpy(copy.destination, copy.source, copy.bytes);
+            std::memset(static_cast<char*>(copy.destination) + copy.bytes, 0,
+                        copy.total - copy.bytes);
+        }
+        copies_.erase(copies_.begin(), copies_.begin() + done);
+        group_ends_.erase(group_ends_.begin(), group_ends_.begin() + groups);
+        for (size_t& end : group_ends_) end -= static_cast<size_t>(done);
+    }
+
+    void clear() {
+        copies_.clear();
+        group_ends_.clear();
+    }
+
+  private:
+    std::vector<Copy> copies_;        // In the order of issue.
+    std::vector<size_t> group_ends_;  // Where each committed group ends in copies_.
 };
 
 // One thread of the block. Fibers are reused from block to block.
@@ -46,9 +78,7 @@ struct Fiber {
     uint3 index{};
     unsigned warp = 0;
     unsigned lane = 0;
-    // cp.async: copies in issue order, and where each committed group ends in them.
-    std::vector<PendingCopy> copies;
-    std::vector<size_t> copy_groups;
+    PendingCopies copies;
 };
 
 // Lanes that have arrived at a collective under one mask.
@@ -156,9 +186,11 @@ inline std::string Block::describe_deadlock() const {
         if (warps[w].gathering_count == 0) continue;
         const Gathering& gathering = warps[w].gatherings[0];
         const uint32_t missing = gathering.mask & ~gathering.arrived;
-        return text("missing lane: %s (%s) with mask 0x%08x in warp %u waits for lanes 0x%08x: ",
-                    gathering.what->name, place(gathering.site).c_str(), gathering.mask, w,
-                    missing) +
+        return text(
+                   "missing lane: %s (%s) with mask 0x%08x in warp %u waits for lanes 0x%08x, of "
+                   "whom ",
+                   gathering.what->name, place(gathering.site).c_str(), gathering.mask, w,
+                   missing) +
                describe_lane(w, static_cast<unsigned>(std::countr_zero(missing)));
     }
     for (unsigned w = 0; w < warp_count(); ++w) {

@@ -43,14 +43,17 @@ class GuardedMemory {
     // the guard zones are poisoned and the access itself is reported.)
     std::string damage() const {
 #ifndef __SANITIZE_ADDRESS__
-        for (size_t i = 0; i < kGuardBytes; ++i) {
-            if (data_[bytes_ + i] != kGuardByte) {
-                return text("wrote past the end of its %zu bytes of shared memory, at +%zu", bytes_,
-                            bytes_ + i);
-            }
-            if (*(data_ - 1 - i) != kGuardByte) {
-                return text("wrote before the start of its shared memory, at -%zu", i + 1);
-            }
+        const unsigned char* const end = data_ + bytes_;
+        if (!intact(end)) {
+            size_t i = 0;
+            while (end[i] == kGuardByte) ++i;
+            return text("wrote past the end of its %zu bytes of shared memory, at +%zu", bytes_,
+                        bytes_ + i);
+        }
+        if (!intact(data_ - kGuardBytes)) {
+            size_t i = 1;
+            while (*(data_ - i) == kGuardByte) ++i;
+            return text("wrote before the start of its shared memory, at -%zu", i);
         }
 #endif
         return {};
@@ -60,9 +63,14 @@ class GuardedMemory {
     void* data() { return data_; }
 
   private:
-    static constexpr size_t kGuardBytes = 1024;
+    static constexpr size_t kGuardBytes = 16 * 1024;
     static constexpr unsigned char kGuardByte = 0xC5;
     static constexpr unsigned char kPoisonByte = 0xFF;  // Floats are NaN, integers are -1.
+
+    // Each byte is the guard byte: the first is, and each equals the one before.
+    static bool intact(const unsigned char* guard) {
+        return guard[0] == kGuardByte && std::memcmp(guard, guard + 1, kGuardBytes - 1) == 0;
+    }
 
     std::vector<unsigned char> storage_;
     unsigned char* data_ = nullptr;
