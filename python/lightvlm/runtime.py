@@ -29,6 +29,8 @@ from .report import Report
 from .session import Prefill
 
 if TYPE_CHECKING:
+    from lightvlm_ext import OpCall
+
     from .cache import CompactCache
 
 
@@ -341,10 +343,10 @@ class _Statistics:
     def add_time(self, phase: str, seconds: float) -> None:
         self._seconds[phase] += seconds  # type: ignore[assignment]
 
-    def add_op(self, name: str, seconds: float | None) -> None:
-        self._op_calls[name] += 1
-        if seconds is not None:
-            self._op_seconds[name] = self._op_seconds.get(name, 0.0) + seconds
+    def add_op(self, call: OpCall) -> None:
+        self._op_calls[call.name] += 1
+        if call.seconds is not None:
+            self._op_seconds[call.name] = self._op_seconds.get(call.name, 0.0) + call.seconds
 
     def add_prompt(self, layout: BatchLayout, prefill: Prefill | None) -> None:
         self._rows += len(layout.rows)
