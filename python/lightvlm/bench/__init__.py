@@ -1,0 +1,66 @@
+"""``lightvlm bench KIND``: one module of this package per kind, imported only when it is asked for.
+
+A kind's module has ``add_arguments(parser)`` and ``run(args) -> dict`` (the JSON object of ``lightvlm bench KIND``), and
+may have ``table(result) -> rich.table.Table``; without one, :func:`table` prints the fields that every row has. The
+command line adds ``--json`` and ``--debug``. Bad values raise ValueError or TypeError naming the argument; progress goes
+to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+KINDS = {
+    "ops": "each native op against the fastest other way to the same result",
+    "decoder": "prefill of a decoder of real geometry, with a plan and without",
+    "fidelity": "accuracy of the reference VLM under a method, over what is left of the work",
+}
+"""Kind -> what it measures. The name is also the module's."""
+
+
+class Benchmark(Protocol):
+    """What a kind's module provides."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the kind's own options."""
+
+    def run(self, args: argparse.Namespace) -> dict[str, Any]:
+        """Measure; returns {"kind", "device", "torch", "commit", "rows": [...]}."""
+
+
+def load(kind: str) -> Benchmark:
+    """The module of a kind.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    return cast(Benchmark, importlib.import_module(f"{__name__}.{kind}"))
+
+
+def table(kind: str, result: dict[str, Any]) -> Table:
+    """The result as a table: the module's own, or one column for each field that all rows have."""
+    from rich.table import Table
+
+    own = getattr(load(kind), "table", None)
+    if own is not None:
+        return cast(Table, own(result))
+    rows = result["rows"]
+    shared = [name for name, value in rows[0].items() if not isinstance(value, list | dict)] if rows else []
+    names = [name for name in shared if all(name in row for row in rows)]
+    made = Table(title=f"{result['kind']} on {result['device']}, torch {result['torch']}, {result['commit']}")
+    for name in names:
+        made.add_column(name, justify="right" if isinstance(rows[0][name], int | float) else "left")
+    for row in rows:
+        made.add_row(*(_cell(row[name]) for name in names))
+    return made
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
