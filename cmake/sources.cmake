@@ -1,0 +1,8 @@
+# Every op once: room/op. Its files are csrc/<room>/<op>{.h,.cuh,.cu,_cpu.cpp,_op.cpp}.
+# This list is all that CMake has to know about an op, for each of the three builds.
+# -DLIGHTVLM_OPS="room/op;..." builds some of them only.
+if(NOT LIGHTVLM_OPS)
+    set(LIGHTVLM_OPS
+        selection/select
+    )
+endif()

@@ -1,0 +1,8 @@
+// Marks small functions that kernels and CPU twins share; g++ without CUDA knows no qualifiers.
+#pragma once
+
+#if defined(__CUDACC__)
+#define LIGHTVLM_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define LIGHTVLM_HOST_DEVICE inline __attribute__((always_inline))
+#endif

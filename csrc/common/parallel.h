@@ -1,0 +1,30 @@
+// Threads of the CPU twins: torch's own pool, so torch.set_num_threads counts and no second
+// runtime comes in. Write each output from exactly one item: then results cannot depend on the
+// thread count.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace lightvlm {
+
+// Work below this many elementary steps is not worth waking a thread for.
+constexpr int64_t kParallelGrain = 1 << 14;
+
+// fn(begin, end) over [0, items); steps_per_item estimates the cost of one item.
+// fn must not throw: exceptions lose their type on the way out of torch's pool.
+template <typename Fn>
+void parallel_items(int64_t items, int64_t steps_per_item, const Fn& fn) {
+    if (items <= 0) return;
+    const int64_t grain =
+        std::max<int64_t>(1, kParallelGrain / std::max<int64_t>(1, steps_per_item));
+    if (items <= grain) {
+        fn(int64_t{0}, items);
+        return;
+    }
+    torch::stable::parallel_for(0, items, grain, fn);
+}
+
+}  // namespace lightvlm

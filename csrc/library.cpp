@@ -1,0 +1,31 @@
+// Every op's schema, one line each, and what the library says about itself. Implementations
+// register in their own <op>_op.cpp. The same lines define the emulated twins.
+#include <torch/csrc/stable/library.h>
+
+#include "common/error_word.h"
+
+#if defined(LIGHTVLM_EMULATION)
+STABLE_TORCH_LIBRARY(lightvlm_emulated, m) {
+#else
+STABLE_TORCH_LIBRARY(lightvlm, m) {
+#endif
+    // Outputs are the caller's: kernels never allocate. error is the device error word.
+    m.def(
+        "select(Tensor scores, Tensor? forced, Tensor? candidates, Tensor? segment, Tensor? keep, "
+        "int keep_each, float mass, Tensor(a!) index, Tensor(b!) count, Tensor(c!) inverse, "
+        "Tensor(d!)? error) -> ()");
+}
+
+#if !defined(LIGHTVLM_EMULATION)
+#include "build_config.h"
+
+// JSON: version, compilers, arches, the torch it was built with. Read by lightvlm_ext.build_info().
+extern "C" __attribute__((visibility("default"))) const char* lightvlm_build_info() {
+    return LIGHTVLM_BUILD_INFO;
+}
+
+// What a bit of the device error word means; null beyond the last bit.
+extern "C" __attribute__((visibility("default"))) const char* lightvlm_describe_error(int32_t bit) {
+    return bit >= 1 && bit <= lightvlm::kErrorLast ? lightvlm::describe_error(bit) : nullptr;
+}
+#endif

@@ -1,0 +1,316 @@
+// select: top-k or cumulative mass, per segment, order-preserving, in one launch.
+//
+// Formula   Candidates of a segment are ordered by score (score_order.h). Kept are the first k, or
+//           the fewest whose fixed-point masses reach mass_target(); forced tokens besides.
+// Owner     One block owns one row: it finds each segment's threshold key by a radix search over
+//           11 + 11 + 10 bits (counts and masses per digit, suffix-scanned from the top), marks the
+//           kept tokens in `inverse`, and at last numbers the marks in token order.
+// Ties      All above the threshold are kept; of its equals, the lowest indices up to the quota.
+// Exact     Only integers are added, so atomics cannot make the result depend on their order.
+// Shared    24 KiB: 2,048 digits x (count 4 B + mass 8 B), and a word a warp.
+// Bound     Latency: 4 to 6 sweeps over 4 B x tokens, that stay in L1/L2, and about 10 barriers a
+//           sweep of digits; 8k tokens are 8 steps of the block. Bytes moved from memory: 4 B read
+//           and 8 B written a token.
+#pragma once
+
+#include "common/block.cuh"
+#include "common/device_error.cuh"
+#include "common/launch.h"
+#include "selection/score_order.h"
+#include "selection/select.h"
+
+namespace lightvlm {
+
+constexpr int kSelectDigitBits = 11;
+constexpr int kSelectDigits = 1 << kSelectDigitBits;
+
+template <int kThreads>
+struct SelectShared {
+    unsigned long long masses[kSelectDigits];
+    unsigned long long wide[kThreads / kWarpThreads];
+    long long positions[kThreads / kWarpThreads];
+    uint32_t counts[kSelectDigits];
+    uint32_t narrow[kThreads / kWarpThreads];
+    // The digit at which the budget is reached: written by the thread that owns it.
+    unsigned long long above;  // what the higher digits hold of the budget
+    unsigned long long digit_mass;
+    uint32_t digit_count;
+    uint32_t digit;
+};
+
+// The row of a block, narrowed to one segment.
+struct SelectRow {
+    const float* scores;
+    const bool* forced;
+    const bool* candidates;
+    const int32_t* segment;
+    int32_t* inverse;
+    int32_t segment_id;
+    int64_t begin;  // the segment's tokens lie in [begin, end)
+    int64_t end;
+    bool by_mass;
+
+    // kKeyNone where the token may not be chosen.
+    __device__ __forceinline__ uint32_t key(int64_t i) const {
+        if (segment != nullptr && segment[i] != segment_id) return kKeyNone;
+        if (forced != nullptr && forced[i]) return kKeyNone;
+        if (candidates != nullptr && !candidates[i]) return kKeyNone;
+        const uint32_t key = score_key(scores[i]);
+        return by_mass && key == kKeyInfinity ? kKeyNone : key;
+    }
+};
+
+struct SelectThreshold {
+    uint32_t key = 0xffffffffu;
+    uint32_t ties_kept = 0;  // of the tokens at the key
+    uint32_t ties = 0;
+};
+
+// The key at which `keep` tokens, or the mass, are reached. highest: highest score of the segment.
+template <int kThreads>
+__device__ SelectThreshold find_threshold(const SelectRow& row, SelectShared<kThreads>& shared,
+                                          unsigned long long keep, double mass, double highest) {
+    constexpr int kOwnDigits = kSelectDigits / kThreads;
+    static_assert(kOwnDigits * kThreads == kSelectDigits, "each thread owns whole digits");
+
+    SelectThreshold threshold;
+    bool by_mass = row.by_mass;
+    unsigned long long wanted = keep;
+    uint32_t prefix = 0;
+    int shift = 32;
+    while (shift > 0) {
+        const int prefix_shift = shift;
+        shift = shift > kSelectDigitBits ? shift - kSelectDigitBits : 0;
+        const uint32_t digit_mask = (1u << (prefix_shift - shift)) - 1u;
+
+        for (int d = threadIdx.x; d < kSelectDigits; d += kThreads) {
+            shared.counts[d] = 0;
+            shared.masses[d] = 0;
+        }
+        __syncthreads();
+        for (int64_t i = row.begin + threadIdx.x; i < row.end; i += kThreads) {
+            const uint32_t key = row.key(i);
+            // A shift by 32 is undefined, so the first round, where all match, is named.
+            if (key == kKeyNone || (prefix_shift < 32 && (key >> prefix_shift) != prefix)) continue;
+            const uint32_t digit = (key >> shift) & digit_mask;
+            atomicAdd(&shared.counts[digit], 1u);
+            if (by_mass && key > kKeyZero) {
+                atomicAdd(&shared.masses[digit],
+                          static_cast<unsigned long long>(fixed_mass(row.scores[i], highest)));
+            }
+        }
+        __syncthreads();
+
+        // Thread t owns the digits [top - kOwnDigits + 1, top], highest first.
+        const int top = kSelectDigits - 1 - static_cast<int>(threadIdx.x) * kOwnDigits;
+        unsigned long long own_count = 0;
+        unsigned long long own_mass = 0;
+        for (int j = 0; j < kOwnDigits; ++j) {
+            own_count += shared.counts[top - j];
+            own_mass += shared.masses[top - j];
+        }
+        unsigned long long total_count;
+        unsigned long long before =
+            block_exclusive_sum<kThreads>(own_count, shared.wide, &total_count);
+        if (total_count == 0) return threshold;
+        if (by_mass) {
+            unsigned long long total_mass;
+            const unsigned long long mass_before =
+                block_exclusive_sum<kThreads>(own_mass, shared.wide, &total_mass);
+            if (prefix_shift == 32) {
+                wanted = mass_target(mass, total_mass);
+                // Nothing weighs anything: one token, the highest, stands for the segment.
+                by_mass = total_mass > 0;
+                if (!by_mass) wanted = 1;
+            }
+            if (by_mass) before = mass_before;
+        } else if (prefix_shift == 32 && wanted > total_count) {
+            wanted = total_count;
+        }
+        if (wanted == 0) return threshold;
+
+        if (before < wanted && wanted <= before + (by_mass ? own_mass : own_count)) {
+            for (int j = 0; j < kOwnDigits; ++j) {
+                const unsigned long long here =
+                    by_mass ? shared.masses[top - j] : shared.counts[top - j];
+                if (wanted <= before + here) {
+                    shared.digit = top - j;
+                    shared.digit_count = shared.counts[top - j];
+                    shared.digit_mass = shared.masses[top - j];
+                    shared.above = before;
+                    break;
+                }
+                before += here;
+            }
+        }
+        __syncthreads();
+        prefix = (prefix << (prefix_shift - shift)) | shared.digit;
+        wanted -= shared.above;
+    }
+    threshold.key = prefix;
+    threshold.ties = shared.digit_count;
+    if (by_mass) {
+        // All equals weigh the same.
+        const unsigned long long each = shared.digit_mass / shared.digit_count;
+        wanted = (wanted + each - 1) / each;
+    }
+    threshold.ties_kept = static_cast<uint32_t>(wanted);
+    __syncthreads();  // the next segment overwrites the digit
+    return threshold;
+}
+
+// The highest finite positive score of the segment, 0 if there is none.
+template <int kThreads>
+__device__ float highest_score(SelectRow row, SelectShared<kThreads>& shared, int32_t* error) {
+    uint32_t highest = kKeyZero;
+    row.by_mass = false;  // see the infinities
+    for (int64_t i = row.begin + threadIdx.x; i < row.end; i += kThreads) {
+        const uint32_t key = row.key(i);
+        if (key == kKeyInfinity) {
+            report_device_error(error, kErrorInfiniteScore);
+        } else if (key > highest) {
+            highest = key;
+        }
+    }
+    highest = block_reduce<kThreads>(highest, shared.narrow,
+                                     [](uint32_t a, uint32_t b) { return a > b ? a : b; });
+    return positive_key_score(highest);
+}
+
+template <int kThreads>
+__device__ void mark_kept(const SelectRow& row, SelectShared<kThreads>& shared,
+                          const SelectThreshold& threshold) {
+    if (threshold.ties_kept == threshold.ties) {
+        if (threshold.ties == 0) return;
+        for (int64_t i = row.begin + threadIdx.x; i < row.end; i += kThreads) {
+            if (row.key(i) >= threshold.key) row.inverse[i] = 0;
+        }
+        return;
+    }
+    uint32_t ties_before = 0;
+    for (int64_t tile = row.begin; tile < row.end; tile += kThreads) {
+        const int64_t i = tile + threadIdx.x;
+        const uint32_t key = i < row.end ? row.key(i) : kKeyNone;
+        const bool tie = key == threshold.key;
+        uint32_t ties;
+        const uint32_t rank = ties_before + block_rank<kThreads>(tie, shared.narrow, &ties);
+        if (key > threshold.key || (tie && rank < threshold.ties_kept)) row.inverse[i] = 0;
+        ties_before += ties;
+    }
+}
+
+template <int kThreads>
+__device__ void select_segment(const SelectParams& params, const SelectRow& row,
+                               SelectShared<kThreads>& shared, int64_t row_index) {
+    double highest = 0.0;
+    unsigned long long keep = 0;
+    if (row.by_mass) {
+        highest = highest_score<kThreads>(row, shared, params.error);
+    } else {
+        int64_t budget = params.keep_each;
+        if (params.keep != nullptr) {
+            budget = params.keep[row_index * params.keep_stride +
+                                 (params.keep_per_segment ? row.segment_id : 0)];
+        }
+        if (budget < 0) report_device_error(params.error, kErrorNegativeKeep);
+        if (budget <= 0) return;
+        keep = static_cast<unsigned long long>(budget);
+    }
+    const SelectThreshold threshold =
+        find_threshold<kThreads>(row, shared, keep, params.mass, highest);
+    mark_kept<kThreads>(row, shared, threshold);
+}
+
+// Numbers the marks of the row in token order.
+template <int kThreads>
+__device__ void write_selection(const SelectParams& params, SelectShared<kThreads>& shared,
+                                int64_t row_index, int32_t* inverse) {
+    int32_t* index = params.index + row_index * params.capacity;
+    int64_t kept = 0;
+    for (int64_t tile = 0; tile < params.tokens; tile += kThreads) {
+        const int64_t i = tile + threadIdx.x;
+        const bool keep = i < params.tokens && inverse[i] >= 0;
+        uint32_t kept_here;
+        const int64_t slot = kept + block_rank<kThreads>(keep, shared.narrow, &kept_here);
+        if (keep) {
+            const bool fits = slot < params.capacity;
+            if (fits) index[slot] = static_cast<int32_t>(i);
+            inverse[i] = fits ? static_cast<int32_t>(slot) : -1;
+        }
+        kept += kept_here;
+    }
+    if (kept > params.capacity) {
+        kept = params.capacity;
+        report_device_error(params.error, kErrorCapacity);
+    }
+    if (threadIdx.x == 0) params.count[row_index] = static_cast<int32_t>(kept);
+    for (int64_t slot = kept + threadIdx.x; slot < params.capacity; slot += kThreads) {
+        index[slot] = -1;
+    }
+}
+
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) select_kernel(SelectParams params) {
+    auto& shared = *shared_memory<SelectShared<kThreads>>();
+    const int64_t row_index = blockIdx.x;
+    const int64_t tokens = params.tokens;
+    const auto lower = [](long long a, long long b) { return a < b ? a : b; };
+    constexpr long long kNoSegment = static_cast<long long>(1) << 32;
+
+    SelectRow row;
+    row.scores = params.scores + row_index * params.scores_stride;
+    row.forced = params.forced ? params.forced + row_index * params.forced_stride : nullptr;
+    row.candidates =
+        params.candidates ? params.candidates + row_index * params.candidates_stride : nullptr;
+    row.segment = params.segment ? params.segment + row_index * params.segment_stride : nullptr;
+    row.inverse = params.inverse + row_index * tokens;
+    row.segment_id = 0;
+    row.begin = 0;
+    row.end = tokens;
+    row.by_mass = params.mass > 0.0;
+
+    const long long segment_limit = params.keep_per_segment ? params.keep_columns : kNoSegment;
+    long long next_segment = kNoSegment;
+    for (int64_t i = threadIdx.x; i < tokens; i += kThreads) {
+        row.inverse[i] = row.forced != nullptr && row.forced[i] ? 0 : -1;
+        if (row.segment == nullptr) continue;
+        const long long id = row.segment[i];
+        if (id >= segment_limit) {
+            report_device_error(params.error, kErrorSegmentRange);
+        } else if (id >= 0) {
+            next_segment = lower(next_segment, id);
+        }
+    }
+    __syncthreads();
+
+    if (row.segment == nullptr) {
+        select_segment<kThreads>(params, row, shared, row_index);
+    } else {
+        // Ids may be sparse: each round finds its segment's extent and the next id.
+        next_segment = block_reduce<kThreads>(next_segment, shared.positions, lower);
+        while (next_segment < segment_limit) {
+            const long long id = next_segment;
+            long long first = tokens;
+            long long last_negated = 0;
+            next_segment = kNoSegment;
+            for (int64_t i = threadIdx.x; i < tokens; i += kThreads) {
+                const long long other = row.segment[i];
+                if (other == id) {
+                    first = lower(first, i);
+                    last_negated = -i;
+                } else if (other > id && other < segment_limit) {
+                    next_segment = lower(next_segment, other);
+                }
+            }
+            row.segment_id = static_cast<int32_t>(id);
+            row.begin = block_reduce<kThreads>(first, shared.positions, lower);
+            row.end = 1 - block_reduce<kThreads>(last_negated, shared.positions, lower);
+            next_segment = block_reduce<kThreads>(next_segment, shared.positions, lower);
+            select_segment<kThreads>(params, row, shared, row_index);
+        }
+    }
+    __syncthreads();
+    write_selection<kThreads>(params, shared, row_index, row.inverse);
+}
+
+}  // namespace lightvlm

@@ -1,0 +1,80 @@
+"""Checks of arguments, shared by the wrappers and the references.
+
+Every message names the argument, what it got and what it wants, before anything is touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+INT32_MAX = 2**31 - 1
+
+
+def tensor(value: object, name: str) -> torch.Tensor:
+    """`value` as a tensor, or TypeError."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, must be a torch.Tensor")
+    return value
+
+
+def dtype(value: torch.Tensor, name: str, *allowed: torch.dtype) -> None:
+    """TypeError unless the dtype is one of `allowed`."""
+    if value.dtype not in allowed:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{name}: has dtype {str(value.dtype).removeprefix('torch.')}, must be {wanted}")
+
+
+def shape(value: torch.Tensor, name: str, wanted: Sequence[int | str]) -> None:
+    """ValueError unless the shape is `wanted`: ints are exact, a str names a free dimension."""
+    same = value.dim() == len(wanted) and all(
+        isinstance(w, str) or s == w for s, w in zip(value.shape, wanted, strict=True)
+    )
+    if not same:
+        text = ", ".join(str(w) for w in wanted) + ("," if len(wanted) == 1 else "")
+        raise ValueError(f"{name}: has shape {tuple(value.shape)}, must be ({text})")
+
+
+def same_device(value: torch.Tensor, name: str, other: torch.Tensor, other_name: str) -> None:
+    """ValueError unless both are on one device."""
+    if value.device != other.device:
+        raise ValueError(f"{name}: is on {value.device}, must be on {other.device} as {other_name}")
+
+
+def last_contiguous(value: torch.Tensor, name: str) -> None:
+    """ValueError unless the last dimension is contiguous (or has at most one element)."""
+    if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{name}: last dimension has stride {value.stride(-1)}, must be contiguous (stride 1)"
+        )
+
+
+def integer(value: object, name: str, low: int, high: int = INT32_MAX) -> int:
+    """`value` as an int in [low, high]."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, must be an int")
+    number = value.__index__()
+    if not low <= number <= high:
+        limit = f">= {low}" if number < low else f"<= {high}"
+        raise ValueError(f"{name}: got {number}, must be {limit}")
+    return int(number)
+
+
+def real(value: object, name: str) -> float:
+    """`value` as a finite float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, must be a float")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, must be finite")
+    return float(value)
+
+
+def choice(value: object, name: str, allowed: Sequence[str]) -> str:
+    """`value`, which must be one of `allowed`."""
+    if not isinstance(value, str) or value not in allowed:
+        wanted = " or ".join(repr(a) for a in allowed)
+        raise ValueError(f"{name}: got {value!r}, must be {wanted}")
+    return value

@@ -1,0 +1,12 @@
+"""Plain-torch twins of `lightvlm_ext.ops`: same names, signatures and errors, and float64 too.
+
+Written to be read and to be right, not to be fast. They need no compiled library.
+"""
+
+from __future__ import annotations
+
+from .._types import Selection
+from .select import select
+from .select_diverse import select_diverse
+
+__all__ = ["Selection", "select", "select_diverse"]
