@@ -1,9 +1,11 @@
-// Runtime dtype to compile-time type. No torch here: Params carries a DType, and the kernel file
-// and the CPU twin each name their own types for the three of them.
+// Runtime dtype to compile-time type. No torch here: Params carries a DType, and kernel launchers
+// and CPU twins dispatch on it to the same three types (common/float16.cuh).
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
+
+#include "common/float16.cuh"
 
 namespace lightvlm {
 
@@ -16,15 +18,15 @@ struct TypeTag {
     using type = T;
 };
 
-// Calls fn(TypeTag<T>{}) with the type that stands for dtype. The enum is closed and as_dtype()
-// is the only way to make one from a tensor, so the last branch is the last type.
-template <typename Float16, typename BFloat16, typename Fn>
+// Calls fn(TypeTag<T>{}), T being the type of dtype: `using T = typename decltype(tag)::type`.
+// The enum is closed and floating_dtype() (checks.h) the only way to make one from a tensor.
+template <typename Fn>
 decltype(auto) dispatch_dtype(DType dtype, Fn&& fn) {
     switch (dtype) {
         case DType::kFloat16:
-            return fn(TypeTag<Float16>{});
+            return fn(TypeTag<half_t>{});
         case DType::kBFloat16:
-            return fn(TypeTag<BFloat16>{});
+            return fn(TypeTag<bfloat16_t>{});
         case DType::kFloat32:
         default:
             return fn(TypeTag<float>{});
