@@ -22,7 +22,7 @@ _FOLDERS: dict[Kind, str] = {"plain": "emulation", "asan": "emulation-asan"}
 def locked(folder: Path) -> Iterator[None]:
     """Holds ``folder`` for one process at a time: pytest workers and sessions share build folders."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -66,7 +66,7 @@ def build(kind: Kind = "plain") -> Path:
 
 
 def asan_env() -> dict[str, str]:
-    """The environment in which Python can load a library built with AddressSanitizer.
+    """The environment in which Python can load a library built with AddressSanitizer, for ``subprocess.run``.
 
     AddressSanitizer has to be in the process from the start, and libstdc++ with it, or it does not find the
     functions it wraps when the first C++ exception is thrown. Python allocates through malloc, so that its

@@ -23,6 +23,7 @@ _FLAGS: dict[Variant, list[str]] = {
     "ucontext": ["-DLIGHTVLM_EMULATION_UCONTEXT"],
 }
 _FOLDER = ROOT / "build" / "emulation-self-test"
+_COMMON = ROOT / "csrc" / "common"
 _HERE = Path(__file__).parent
 _SOURCES = [_HERE / "self_test.cu", _HERE / "emulation.cpp"]
 
@@ -34,25 +35,13 @@ INVALID_VALUE = 1
 def compile_self_test(variant: Variant = "plain") -> Path:
     """The shared object for ``variant``, compiled only if a source or a flag has changed."""
     command = [
-        *(
-            os.environ.get("CXX", "g++"),
-            "-std=c++20",
-            "-O2",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            "-shared",
-            "-fPIC",
-        ),
-        *("-fvisibility=hidden", "-DLIGHTVLM_EMULATION", "-I", "csrc", "-I", "tests/emulation"),
+        *(os.environ.get("CXX", "g++"), "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror"),
+        *("-shared", "-fPIC", "-fvisibility=hidden"),
+        *("-DLIGHTVLM_EMULATION", "-I", "csrc", "-I", "tests/emulation"),
         *_FLAGS[variant],
         *("-x", "c++", *map(str, _SOURCES)),
     ]
-    headers = [
-        *_HERE.glob("*.h"),
-        *(ROOT / "csrc" / "common").glob("*.h"),
-        *(ROOT / "csrc" / "common").glob("*.cuh"),
-    ]
+    headers = [*_HERE.glob("*.h"), *_COMMON.glob("*.h"), *_COMMON.glob("*.cuh")]
     digest = hashlib.sha256(" ".join(command).encode())
     for path in [*_SOURCES, *sorted(headers)]:
         digest.update(path.read_bytes())

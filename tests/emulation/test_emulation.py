@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_int64
 from pathlib import Path
 
@@ -66,6 +67,14 @@ def test_right_kernel_does_not_depend_on_the_seed(t: SelfTest, monkeypatch: pyte
         set_seed(monkeypatch, seed)
         results.append(rms_norm(t, x, 256))
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_launches_from_several_threads(t: SelfTest) -> None:
+    x = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
+    expected = rms_norm(t, x, 128)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda threads: rms_norm(t, x, threads), [128] * 12))
+    assert all(torch.equal(result, expected) for result in results)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -153,20 +162,10 @@ def test_launch_limits(t: SelfTest, grid: tuple[int, ...], block: tuple[int, ...
 
 ATOMIC_TOTALS = np.dtype(
     [
-        *(
-            ("added", "i4"),
-            ("added_unsigned", "u4"),
-            ("added_wide", "u8"),
-            ("smallest", "i4"),
-            ("largest", "i4"),
-        ),
-        *(
-            ("smallest_wide", "u8"),
-            ("largest_wide", "u8"),
-            ("smallest_signed", "i8"),
-            ("largest_signed", "i8"),
-        ),
-        *(("ored", "u4"), ("ored_signed", "i4"), ("anded", "u4"), ("swapped", "u4"), ("exchanged", "u4")),
+        *(("added", "i4"), ("added_unsigned", "u4"), ("added_wide", "u8")),
+        *(("smallest", "i4"), ("largest", "i4"), ("smallest_wide", "u8"), ("largest_wide", "u8")),
+        *(("smallest_signed", "i8"), ("largest_signed", "i8"), ("ored", "u4"), ("ored_signed", "i4")),
+        *(("anded", "u4"), ("swapped", "u4"), ("exchanged", "u4")),
     ],
     align=True,
 )
@@ -203,10 +202,8 @@ def test_atomics(t: SelfTest, seed: int, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_spin_loops_that_end(t: SelfTest, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     set_seed(monkeypatch, seed)
     blocks = 6
-    out = np.zeros(blocks, np.int32)
-    assert t.call("run_spin", np.zeros(2 * blocks, np.int32), np.zeros(1, np.int32), out, blocks) == 0, (
-        t.last_error()
-    )
+    flags, ticket, out = (np.zeros(size, np.int32) for size in (2 * blocks, 1, blocks))
+    assert t.call("run_spin", flags, ticket, out, blocks) == 0, t.last_error()
     np.testing.assert_array_equal(out, np.arange(blocks) + 1)
 
 
@@ -277,13 +274,9 @@ def test_bad_seed_is_refused(t: SelfTest, monkeypatch: pytest.MonkeyPatch) -> No
 FAULTS = [
     (0, "divergent barrier: ", " arrived at __syncthreads ("),
     (1, "divergent barrier: 63 of 64 threads wait at __syncthreads (", "thread (37,0,0) exited"),
-    (2, "missing lane: __shfl_xor_sync (", "thread (0,0,0) waits at __syncthreads ("),
+    (2, "missing lane: __shfl_xor_sync (", "of whom thread (0,0,0) waits at __syncthreads ("),
     (3, "missing lane: __shfl_xor_sync (", "waits for lanes 0x00000020, of whom thread (5,0,0) exited"),
-    (
-        4,
-        "missing lane: __ballot_sync (",
-        "waits for lanes 0x00000002, of whom thread (33,0,0) waits at __syncthreads",
-    ),
+    (4, "missing lane: __ballot_sync (", "of whom thread (33,0,0) waits at __syncthreads ("),
     (5, "__any_sync (", "is not in its own mask 0x0000ffff"),
     (6, "divergent warp ", "with mask 0xffffffff"),
     (7, "divergent warp ", "with mask 0xffffffff"),
@@ -305,7 +298,8 @@ def test_faults_are_named(
         assert t.call("run_fault", fault, np.zeros(80, np.int32)) == LAUNCH_FAILURE
         where, what = t.last_error().split("): ", 1)
         assert where.startswith("kernel 'fault', block (")
-        assert what.startswith(start) and part in what
+        assert what.startswith(start)
+        assert part in what
     assert t.launch_count("fault") == 0
     # The next launch starts afresh.
     x = torch.ones(2, 64)
@@ -353,22 +347,20 @@ def test_shared_memory_starts_poisoned_in_every_block(t: SelfTest) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "place"),
+    ("call", "place"),
     [
-        ("t.call('run_global_write', np.zeros(1000, np.int32), c_int64(1000))", "global_write_kernel"),
-        ("t.call('run_global_write', np.zeros(1000, np.int32), c_int64(-1))", "global_write_kernel"),
-        (
-            "t.call('run_global_read', np.zeros(1000, np.int32), c_int64(1000), np.zeros(1, np.int32))",
-            "global_read_",
-        ),
-        ("t.call('run_shared_write', 1, c_int64(4))", "shared_write_kernel"),
-        ("t.call('run_shared_write', -1, c_int64(4))", "shared_write_kernel"),
+        ("'run_global_write', np.zeros(1000, np.int32), c_int64(1000)", "global_write_kernel"),
+        ("'run_global_write', np.zeros(1000, np.int32), c_int64(-1)", "global_write_kernel"),
+        ("'run_global_read', np.zeros(1000, np.int32), c_int64(1000), np.zeros(9)", "global_read_kernel"),
+        ("'run_shared_write', 1, c_int64(4)", "shared_write_kernel"),
+        ("'run_shared_write', -1, c_int64(4)", "shared_write_kernel"),
     ],
 )
-def test_asan_reports_the_access(what: str, place: str) -> None:
-    done = self_test.run_under_asan(what)
+def test_asan_reports_the_access(call: str, place: str) -> None:
+    done = self_test.run_under_asan(f"t.call({call})")
     assert done.returncode != 0
-    assert "ERROR: AddressSanitizer" in done.stderr and place in done.stderr
+    assert "ERROR: AddressSanitizer" in done.stderr
+    assert place in done.stderr
 
 
 def test_asan_is_silent_on_right_kernels_and_after_failures() -> None:
@@ -378,11 +370,22 @@ def test_asan_is_silent_on_right_kernels_and_after_failures() -> None:
         "    x = np.ones((3, 100), np.float32); y = np.zeros_like(x)\n"
         "    assert t.call('run_rms_norm', 0, x, y, 3, 100, 1024) == 0, t.last_error()\n"
         "    assert np.allclose(x, y)\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "with ThreadPoolExecutor(4) as pool:\n"
+        "    list(pool.map(lambda _: t.call('run_rms_norm', 0, x, y, 3, 100, 256), range(20)))\n"
         "assert t.call('run_global_write', np.zeros(1000, np.int32), c_int64(999)) == 0\n"
         "assert t.call('run_shared_write', 2, c_int64(12)) == 0"
     )
     assert done.returncode == 0, done.stderr
     assert "AddressSanitizer" not in done.stderr
+
+
+def test_asan_guards_the_storage_of_tensors() -> None:
+    done = self_test.run_under_asan(
+        "import torch\nt.call('run_global_write', torch.zeros(1000).numpy(), c_int64(1000))"
+    )
+    assert done.returncode != 0
+    assert "global_write_kernel" in done.stderr
 
 
 def test_torch_runs_under_asan() -> None:
