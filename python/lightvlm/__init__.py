@@ -8,15 +8,15 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
-
-from .methods import LightVLM, Random, method, method_names
-from .plan import Plan
-from .report import Report
-from .runtime import Run, attach
 
 if TYPE_CHECKING:
     from .cache import CompactCache
+    from .methods import LightVLM, Random, method, method_names
+    from .plan import Plan
+    from .report import Report
+    from .runtime import Run, attach
 
 __version__ = "0.1.0"
 
@@ -32,10 +32,27 @@ __all__ = [
     "method_names",
 ]
 
+# Imported at first use: torch takes a second, transformers several, and `lightvlm --help` needs neither.
+_HOME = {
+    "CompactCache": "cache",
+    "LightVLM": "methods",
+    "Plan": "plan",
+    "Random": "methods",
+    "Report": "report",
+    "Run": "runtime",
+    "attach": "runtime",
+    "method": "methods",
+    "method_names": "methods",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "CompactCache":  # its base class is transformers'; importing lightvlm must not import transformers
-        from .cache import CompactCache
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
 
-        return CompactCache
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
