@@ -1,8 +1,8 @@
 """Attention of an attached decoder: the model's own where rows are whole, ours where they were shortened.
 
 transformers finds an attention function by name. ``attach`` gives the text decoder's attention the name
-``lightvlm_<the model's own>``, registered here together with the mask function of the original: without one, transformers
-would make no mask at all and ignore padding without a word.
+``lightvlm_<the model's own>``, registered here together with the mask function of the original: without one,
+transformers would make no mask at all and ignore padding without a word.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ PREFIX = "lightvlm_"
 
 
 def register(original: str) -> str:
-    """Register our attention around the implementation ``original``; returns the name to set on the text config."""
+    """Register our attention around the implementation
+    ``original``; returns the name to set on the text config."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -34,7 +35,8 @@ def _attention(
     run = getattr(module, "_lightvlm_run", None)
     if run is None:
         raise RuntimeError(f"{type(module).__name__} uses lightvlm's attention but no run is attached to it")
-    return run.attend(module, query, key, value, attention_mask, **kwargs)
+    result: tuple[Tensor, Tensor | None] = run.attend(module, query, key, value, attention_mask, **kwargs)
+    return result
 
 
 def original_function(module: nn.Module, original: str) -> Any:
@@ -43,7 +45,7 @@ def original_function(module: nn.Module, original: str) -> Any:
 
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
 
 
@@ -59,13 +61,14 @@ def causal_rows(
 ) -> Tensor:
     """Causal attention over rows that stand flush right behind ``starts`` padding tokens, without a mask.
 
-    query, key, value (B, H, M, D) of one length. Rows that differ in length are attended one by one, exactly as they
-    would be at batch 1; padding gets zeros. Returns (B, M, Hq, D).
+    query, key, value (B, H, M, D) of one length. Rows that differ in length are attended one by one, exactly
+    as they would be at batch 1; padding gets zeros. Returns (B, M, Hq, D).
     """
     # Gaps between the kept tokens' positions would look like packed sequences to FlashAttention's wrapper.
     kwargs["position_ids"] = None
     if not any(starts):
-        return call(module, query, key, value, _eager_mask(query) if eager else None, **kwargs)[0]
+        whole: Tensor = call(module, query, key, value, _eager_mask(query) if eager else None, **kwargs)[0]
+        return whole
     batch, heads, length, _ = query.shape
     out = value.new_zeros(batch, length, heads, value.shape[-1])
     for row, start in enumerate(starts):
@@ -77,32 +80,38 @@ def causal_rows(
 def _eager_mask(query: Tensor) -> Tensor:
     """Eager attention knows causality only from a mask: (1, 1, M, M), additive."""
     length = query.shape[2]
-    blocked = torch.full((length, length), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
+    blocked = torch.full(
+        (length, length), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device
+    )
     return blocked.triu(1)[None, None]
 
 
 def decode_rows(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, ends: Tensor | None, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, bounds: tuple[Tensor, Tensor] | None, scale: float | None
 ) -> Tensor:
     """Attention of the last S tokens over a cache whose valid keys are [start, end) in each row.
 
-    query (B, Hq, S, D): the tokens that end each row; key, value (B, Hkv, N, D); starts, ends (B,) int32, or None where
-    every row is [0, N). Returns (B, S, Hq, D).
+    query (B, Hq, S, D): the tokens that end each row; key, value (B, Hkv, N, D); bounds: starts and ends (B,) int32,
+    or None where every row is [0, N). Returns (B, S, Hq, D).
     """
     batch, heads, new, width = query.shape
     kv_heads, stored = key.shape[1], key.shape[2]
     mask = None
-    if starts is not None and ends is not None:
+    if bounds is not None:
+        starts, ends = bounds
         at = torch.arange(stored, device=key.device)
         last = ends[:, None] - new + torch.arange(new, device=key.device)
         mask = ((at >= starts[:, None, None]) & (at <= last[:, :, None]))[:, None]
     elif new > 1:
         mask = torch.ones(new, stored, dtype=torch.bool, device=key.device).tril(stored - new)
     if new == 1:
-        # One query: the heads of a group become query rows, so that each key is read once and not once per head.
+        # One query: the heads of a group become query rows, so that each key is read once and not once per
+        # head.
         packed = query.reshape(batch, kv_heads, heads // kv_heads, width)
         return F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale).reshape(
             batch, 1, heads, value.shape[-1]
         )
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=heads != kv_heads)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=heads != kv_heads
+    )
     return out.transpose(1, 2)

@@ -1,11 +1,12 @@
 """CompactCache: a transformers cache whose layers may hold fewer tokens than they have seen.
 
-Two lengths. The *logical* length of a layer is what transformers counts: tokens seen, padding included; positions and
-generate()'s bookkeeping follow it. The *physical* one is what is stored. In a layer that was born short (after a
-reduction at prefill) or was compacted, row b's keys stand at ``[starts[b], ends[b])`` of the buffer, and that, never the
-2-D attention mask, says which keys are valid.
+Two lengths. The *logical* length of a layer is what transformers counts: tokens seen, padding included;
+positions and generate()'s bookkeeping follow it. The *physical* one is what is stored. In a layer that was
+born short (after a reduction at prefill) or was compacted, row b's keys stand at ``[starts[b], ends[b])`` of
+the buffer, and that, never the 2-D attention mask, says which keys are valid.
 
-Storage is (B, capacity, Hkv, D): FlashAttention's layout, in which a token is one contiguous row, so that appending
+Storage is (B, capacity, Hkv, D): FlashAttention's layout, in which a token is one contiguous row, so that
+    appending
 is a copy and compaction moves whole rows.
 """
 
@@ -21,6 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lightvlm_ext import ops
 
+from .methods.base import CachePart
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -35,8 +37,10 @@ _SLACK = 128
 class CompactLayer(CacheLayerMixin):
     """Keys and values of one decoder layer. Public attributes:
 
-    key_storage, value_storage (B, capacity, Hkv, D); starts, ends: where each row's keys stand; seen: logical length;
-    ragged: whether stored and seen tokens differ, that is, whether the 2-D mask no longer applies; tail: tokens at the
+    key_storage, value_storage (B, capacity, Hkv, D); starts, ends: where each row's keys stand; seen: logical
+        length;
+    ragged: whether stored and seen tokens differ, that is, whether the 2-D mask no longer applies; tail:
+        tokens at the
     end of every row that are certainly consecutive, up to which :meth:`crop` works.
     """
 
@@ -63,12 +67,12 @@ class CompactLayer(CacheLayerMixin):
 
     # transformers reads the stored states of a layer through these names
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Tensor | None:  # type: ignore[override]
         """Stored keys (B, Hkv, N, D), a view; None before the first token."""
         return self.key_storage[:, : max(self.ends)].transpose(1, 2) if self.is_initialized else None
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor | None:  # type: ignore[override]
         """Stored values (B, Hkv, N, D), a view; None before the first token."""
         return self.value_storage[:, : max(self.ends)].transpose(1, 2) if self.is_initialized else None
 
@@ -87,7 +91,8 @@ class CompactLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def begin(self, starts: list[int], seen: int, tail: int, ragged: bool) -> None:
-        """Say what the tokens just stored are: the first prompt, of which this layer may have got only a part."""
+        """Say what the tokens just stored are: the first prompt, of
+        which this layer may have got only a part."""
         self.starts, self.seen, self.tail, self.ragged = list(starts), seen, tail, ragged
         self._bounds = None
 
@@ -135,7 +140,8 @@ class CompactLayer(CacheLayerMixin):
         return self._bounds
 
     def remember_queries(self, query: Tensor, scale: float | None) -> None:
-        """Keep the last ``query_rows`` query rows of (B, S, Hq, D); they score the keys at the next compaction."""
+        """Keep the last ``query_rows`` query rows of (B, S, Hq, D);
+        they score the keys at the next compaction."""
         self.scale = scale
         self._queries.append(query[:, -self.query_rows :].clone())
         del self._queries[: -self.query_rows]
@@ -172,7 +178,8 @@ class CompactLayer(CacheLayerMixin):
             )
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens; a ValueError where some of them were compacted away."""
+        """Remove the last ``-tokens_to_remove`` tokens; a
+        ValueError where some of them were compacted away."""
         self.check_crop(tokens_to_remove)
         if not self.is_initialized or tokens_to_remove == 0:
             return
@@ -189,7 +196,9 @@ class CompactLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         if not self.is_initialized:
             return
-        if len(set(zip(self.starts, self.ends, strict=True))) == 1:  # no row differs: no need to ask the device
+        if (
+            len(set(zip(self.starts, self.ends, strict=True))) == 1
+        ):  # no row differs: no need to ask the device
             rows = [0] * len(indices)
         else:
             rows = indices.tolist()
@@ -237,20 +246,24 @@ def _token_major(states: Tensor, room: int, copy: int = 0) -> Tensor:
 
 
 class CompactCache(Cache):
-    """A KV cache that is compacted in place; pass it as ``past_key_values`` or let :func:`lightvlm.attach` make it.
+    """A KV cache that is compacted in place; pass it as ``past_key_values`` or let :func:`lightvlm.attach`
+    make it.
 
     Args:
         config: the model's configuration (of the whole VLM or of its text decoder).
-        plan: its ``cache`` part says when and what to evict. Eviction needs the queries, so it happens on a model
-            that is attached; without one, everything is kept (and a warning says so once).
-        capacity: tokens a row may hold. None: buffers grow by doubling and may move. An int: allocated once, at fixed
-            addresses; a step that needs more raises a ValueError.
+        plan: its ``cache`` part says when and what to evict. Eviction needs the queries, so it happens on a
+            model that is attached; without one, everything is kept (and a warning says so once).
+        capacity: tokens a row may hold. None: buffers grow by doubling and may move. An int: allocated once,
+            at fixed addresses; a step that needs more raises a ValueError.
 
     Raises:
-        TypeError, ValueError: a plan or capacity of the wrong kind; a decoder with layers that are not full attention.
+        TypeError, ValueError: a plan or capacity of the wrong kind; a decoder with layers that are not full
+            attention.
     """
 
-    def __init__(self, config: PretrainedConfig, plan: Plan | None = None, *, capacity: int | None = None) -> None:
+    def __init__(
+        self, config: PretrainedConfig, plan: Plan | None = None, *, capacity: int | None = None
+    ) -> None:
         if plan is not None and not isinstance(plan, Plan):
             raise TypeError(f"plan must be a lightvlm.Plan, got {type(plan).__name__}")
         if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int)):
@@ -262,7 +275,8 @@ class CompactCache(Cache):
         if kinds != {"full_attention"}:
             raise ValueError(f"config has layers that are not full attention: {', '.join(sorted(kinds))}")
         self.plan = plan if plan is not None else Plan()
-        rows = getattr(self.plan.cache, "rows", 0)
+        rows = self.plan.cache.rows if isinstance(self.plan.cache, CachePart) else 0
+        self.layers: list[CompactLayer]  # type: ignore[assignment]
         super().__init__(layers=[CompactLayer(capacity, rows) for _ in range(text.num_hidden_layers)])
         self.run: weakref.ref[Run] | None = None
         self.leftpad: list[int] = []
@@ -291,15 +305,17 @@ class CompactCache(Cache):
         return run is not None and run.attached
 
     def step(self, new_tokens: int) -> None:
-        """Count ``new_tokens`` decoded tokens, and compact every layer in one launch when the plan says it is time."""
+        """Count ``new_tokens`` decoded tokens, and compact every layer
+        in one launch when the plan says it is time."""
         policy = self.plan.cache
         if policy is None:
             return
+        assert isinstance(policy, CachePart)
         self.since_compaction += new_tokens
-        if self.since_compaction < policy.interval:  # type: ignore[attr-defined]
+        if self.since_compaction < policy.interval:
             return
         self.since_compaction = 0
-        chosen = [(layer, policy.choose(layer, self.leftpad)) for layer in self.layers]  # type: ignore[attr-defined]
+        chosen = [(layer, policy.choose(layer, self.leftpad)) for layer in self.layers]
         moves = [(layer, choice) for layer, choice in chosen if choice is not None]
         if not moves:
             return
@@ -310,10 +326,11 @@ class CompactCache(Cache):
             [choice[1] for _, choice in moves],
         )
         for layer, (_, _, kept) in moves:
-            layer.compacted(kept, policy.recent)  # type: ignore[attr-defined]
+            layer.compacted(kept, policy.recent)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens from every layer, or raise a ValueError and change none."""
+        """Remove the last ``-tokens_to_remove`` tokens from every
+        layer, or raise a ValueError and change none."""
         for layer in self.layers:
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)

@@ -1,8 +1,8 @@
 """Arithmetic of a decoder's prefill: what a plan leaves of it.
 
 Counted per layer: 2 FLOPs per weight of every linear projection and token, and causal attention's two products,
-4 * heads * head_dim FLOPs per (query, key) pair. Embedding and language-model head are left out: the head runs on the last
-token alone.
+4 * heads * head_dim FLOPs per (query, key) pair. Embedding and language-model head are left out: the head
+runs on the last token alone.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def linear_weights(layer: nn.Module) -> int:
 def attention_width(adapter: Adapter) -> int:
     """Query heads times head width."""
     config = adapter.decoder.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # type: ignore[operator,union-attr]
-    return int(config.num_attention_heads * head_dim)  # type: ignore[operator,union-attr]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(config.num_attention_heads * head_dim)
 
 
 def layer_flops(weights: int, width: int, tokens: int) -> int:

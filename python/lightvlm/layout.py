@@ -1,12 +1,14 @@
 """Where the image tokens of a batch are, read from the device once per prefill.
 
-A row of a prompt is a list of runs: text, an image, text, another image ... Because every reduction keeps order and
-decides its counts on the host, the runs alone tell where each token stands after every stage, without asking the
-device again.
+A row of a prompt is a list of runs: text, an image, text, another image ... Because every reduction keeps
+    order and
+decides its counts on the host, the runs alone tell where each token stands after every stage, without asking
+the device again.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +51,8 @@ class RowLayout:
 
     def text_positions_after_image(self) -> list[int]:
         """Positions (from the first token that is not padding) of text tokens that can see an image."""
-        positions, at, seen = [], 0, False
+        positions: list[int] = []
+        at, seen = 0, False
         for run in self.runs:
             if run.image is not None:
                 seen = True
@@ -63,8 +66,8 @@ class RowLayout:
 class BatchLayout:
     """The layout of a whole batch.
 
-    ``codes`` (B, S) int32 on the CPU: kind of each token (see :data:`PADDING`). ``within`` (B, S) int32 on the CPU:
-    index of an image token in its image, 0 elsewhere.
+    ``codes`` (B, S) int32 on the CPU: kind of each token (see :data:`PADDING`). ``within`` (B, S) int32 on
+    the CPU: index of an image token in its image, 0 elsewhere.
     """
 
     rows: tuple[RowLayout, ...]
@@ -97,7 +100,8 @@ def read_layout(is_image: Tensor, valid: Tensor, sizes: list[int] | None) -> Bat
     Args:
         is_image (B, S) bool on the CPU: image placeholder tokens.
         valid (B, S) bool on the CPU: tokens that are not padding.
-        sizes: tokens of each image, in reading order over the batch; None: every run of image tokens is an image.
+        sizes: tokens of each image, in reading order over the batch; None: every run of image tokens is an
+            image.
 
     Raises:
         LayoutError: padding that is not on the left, or image sizes that do not match the placeholders.
@@ -119,14 +123,16 @@ def read_layout(is_image: Tensor, valid: Tensor, sizes: list[int] | None) -> Bat
     return BatchLayout(tuple(rows), codes, within)
 
 
-def _row_runs(is_image: Tensor, pad: int, pending: list[int] | None, codes: Tensor, within: Tensor) -> list[Run]:
+def _row_runs(
+    is_image: Tensor, pad: int, pending: list[int] | None, codes: Tensor, within: Tensor
+) -> list[Run]:
     """Runs of one row; takes the images it uses from ``pending`` and fills the row's codes and indices."""
     flags = is_image.int()
     edges = (torch.nonzero(flags[1:] != flags[:-1]).flatten() + 1).tolist()
     bounds = [pad, *[edge for edge in edges if edge > pad], is_image.shape[0]]
     runs: list[Run] = []
     image = 0
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in itertools.pairwise(bounds):
         if begin < end and not flags[begin]:
             runs.append(Run(None, end - begin))
             continue

@@ -1,9 +1,9 @@
 """Plans: what to do to a model, as plain frozen data.
 
-A :class:`Plan` has three independent parts. ``prefill`` reduces image tokens inside the decoder while the prompt is
-read, ``cache`` compacts the KV cache while text is generated, ``precision`` stores it in fewer bits. Each part is a
-frozen dataclass registered under a ``kind``; its fields are its options, so that a plan survives JSON and a
-command line without any code of its own.
+A :class:`Plan` has three independent parts. ``prefill`` reduces image tokens inside the decoder while the
+prompt is read, ``cache`` compacts the KV cache while text is generated, ``precision`` stores it in fewer
+bits. Each part is a frozen dataclass registered under a ``kind``; its fields are its options, so that a plan
+survives JSON and a command line without any code of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Part:
 
 
 def register_part(slot: str, kind: str) -> typing.Callable[[PartType], PartType]:
-    """Class decorator: register a frozen dataclass as the part ``kind`` of ``slot`` (prefill, cache, precision)."""
+    """Class decorator: register a frozen dataclass as the part
+    ``kind`` of ``slot`` (prefill, cache, precision)."""
     if slot not in ("prefill", "cache", "precision"):
         raise ValueError(f"slot must be prefill, cache or precision, got {slot!r}")
 
@@ -67,7 +68,9 @@ def _part_from_dict(slot: str, data: Any) -> Part | None:
     names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(options) - names)
     if unknown:
-        raise ValueError(f"{slot} kind {kind!r} has no option {unknown[0]!r}; options: {', '.join(sorted(names))}")
+        raise ValueError(
+            f"{slot} kind {kind!r} has no option {unknown[0]!r}; options: {', '.join(sorted(names))}"
+        )
     return cls(**{name: _freeze(value) for name, value in options.items()})
 
 
@@ -122,11 +125,14 @@ class Plan:
         unknown = sorted(set(data) - {"prefill", "cache", "precision"})
         if unknown:
             raise ValueError(f"plan has no part {unknown[0]!r}; parts: prefill, cache, precision")
-        return cls(**{slot: _part_from_dict(slot, data.get(slot)) for slot in ("prefill", "cache", "precision")})
+        return cls(
+            **{slot: _part_from_dict(slot, data.get(slot)) for slot in ("prefill", "cache", "precision")}
+        )
 
 
 def check_options(part: Part) -> None:
-    """Check every field of a part against its annotation and the ``choices``/``low``/``high`` of its metadata.
+    """Check every field of a part against its annotation and the ``choices``/``low``/``high`` of its
+    metadata.
 
     Options come from command lines and JSON files as often as from code, so a wrong one must name itself.
     """
@@ -136,7 +142,7 @@ def check_options(part: Part) -> None:
         if value is None and type(None) in typing.get_args(hints[field.name]):
             continue
         expected = _plain_types(hints[field.name])
-        if isinstance(value, bool) and bool not in expected or not isinstance(value, expected):
+        if (isinstance(value, bool) and bool not in expected) or not isinstance(value, expected):
             names = " or ".join(kind.__name__ for kind in expected)
             raise TypeError(f"{field.name} must be {names}, got {value!r}")
         choices = field.metadata.get("choices")
@@ -150,7 +156,8 @@ def check_options(part: Part) -> None:
 
 
 def _plain_types(hint: Any) -> tuple[type, ...]:
-    """The classes that ``isinstance`` may test for an annotation such as ``float | None`` or ``tuple[int, ...]``."""
+    """The classes that ``isinstance`` may test for an annotation
+    such as ``float | None`` or ``tuple[int, ...]``."""
     if typing.get_origin(hint) is typing.Literal:
         return tuple({type(choice) for choice in typing.get_args(hint)})
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -159,5 +166,6 @@ def _plain_types(hint: Any) -> tuple[type, ...]:
 
 
 def option(default: Any, doc: str, **limits: Any) -> Any:
-    """A documented option of a part: ``choices=``, ``low=``, ``high=`` are checked by :func:`check_options`."""
+    """A documented option of a part: ``choices=``, ``low=``,
+    ``high=`` are checked by :func:`check_options`."""
     return dataclasses.field(default=default, metadata={"doc": doc, **limits})

@@ -67,7 +67,9 @@ class Report:
         rows += [(f"{phase} time", f"{seconds * 1e3:.1f} ms") for phase, seconds in self.seconds.items()]
         for name, calls in sorted(self.op_calls.items()):
             seconds = self.op_seconds.get(name)
-            rows.append((name, f"{calls} calls" + (f", {seconds * 1e3:.2f} ms" if seconds is not None else "")))
+            rows.append(
+                (name, f"{calls} calls" + (f", {seconds * 1e3:.2f} ms" if seconds is not None else ""))
+            )
         rows += [("stepped aside", f"{reason} ({times}x)") for reason, times in self.stepped_aside.items()]
         rows += [("error", message) for message in self.errors]
         width = max(len(label) for label, _ in rows)

@@ -1,8 +1,8 @@
 """attach: put a plan on a model, and take it off again.
 
-Two hook points do everything. The text decoder's attention is set to our registered function, which sees queries and
-keys after the rotary embedding; and a forward pre-hook on every decoder layer shortens hidden states, rotary tables and
-positions together. ``detach`` restores the model bit for bit.
+Two hook points do everything. The text decoder's attention is set to our registered function, which sees
+queries and keys after the rotary embedding; and a forward pre-hook on every decoder layer shortens hidden
+states, rotary tables and positions together. ``detach`` restores the model bit for bit.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ def attach(model: nn.Module, plan: Plan, *, trace: bool = False) -> Run:
     Args:
         model: a VLM of transformers of a family that lightvlm knows (``lightvlm doctor`` lists them).
         plan: what to do, from a method such as :func:`lightvlm.LightVLM`.
-        trace: remember which image tokens each stage kept (:attr:`Run.kept`), for pictures; it reads the device.
+        trace: remember which image tokens each stage kept (:attr:`Run.kept`), for pictures; it reads the
+            device.
 
     Returns:
         A handle, also a context manager: ``with lightvlm.attach(model, plan) as run: model.generate(...)``.
-        ``forward()`` works too; where image tokens are reduced, ``logits`` and ``hidden_states`` get shorter: row b's last
-        token stays last, and its tokens stand flush right. ``past_key_values`` of the output is the cache to go on with.
+        ``forward()`` works too; where image tokens are reduced, ``logits`` and ``hidden_states`` get shorter:
+        row b's last token stays last, and its tokens stand flush right. ``past_key_values`` of the output is
+        the cache to go on with.
 
     Raises:
         TypeError: model or plan of the wrong kind, or a model class that lightvlm does not know.
@@ -90,7 +92,7 @@ class Run:
         self._observe = observe
         self._observer: AbstractContextManager[object] | None = None
         config = adapter.decoder.config
-        self._original: str = config._attn_implementation  # type: ignore[union-attr,assignment]
+        self._original: str = config._attn_implementation
         self._handles = [
             adapter.model.register_forward_pre_hook(self._refuse_labels, with_kwargs=True),
             adapter.base.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -99,10 +101,11 @@ class Run:
         for index, layer in enumerate(adapter.layers):
             self._handles.append(layer.register_forward_pre_hook(_LayerHook(self, index), with_kwargs=True))
         for attention in adapter.attentions:
-            attention._lightvlm_run = self  # type: ignore[assignment]
-        config._attn_implementation = attention_hook.register(self._original)  # type: ignore[union-attr]
+            attention.__dict__["_lightvlm_run"] = self  # not a submodule, not a parameter
+        config._attn_implementation = attention_hook.register(self._original)
 
-    # -- handle ------------------------------------------------------------------------------------------------
+    # -- handle
+    # ------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Run:
         return self
@@ -121,7 +124,7 @@ class Run:
         self._handles = []
         for attention in self._adapter.attentions:
             del attention._lightvlm_run
-        self._adapter.decoder.config._attn_implementation = self._original  # type: ignore[union-attr]
+        self._adapter.decoder.config._attn_implementation = self._original
 
     @property
     def attached(self) -> bool:
@@ -132,7 +135,8 @@ class Run:
         """What happened since attach (see :class:`lightvlm.report.Report`)."""
         return self._stats.report(self._adapter)
 
-    # -- hooks -------------------------------------------------------------------------------------------------
+    # -- hooks
+    # -------------------------------------------------------------------------------------------------
 
     def _refuse_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("labels") is not None and self.plan.prefill is not None:
@@ -154,7 +158,8 @@ class Run:
         return (), inputs
 
     def _continue(self, cache: Any, inputs: dict[str, Any]) -> None:
-        """More tokens on a filled cache: they are all appended, and image tokens among them are not reduced."""
+        """More tokens on a filled cache: they are all appended, and
+        image tokens among them are not reduced."""
         if _is_compact(cache) and cache.leftpad:
             cache.run = weakref.ref(self)
             self._cache = cache
@@ -162,7 +167,8 @@ class Run:
             self._stats.step_aside("an image arrived on a cache that already holds tokens")
 
     def _begin(self, cache: Any, inputs: dict[str, Any]) -> None:
-        """A prompt on an empty cache: plan its reduction and put a CompactCache in the place of a dynamic one."""
+        """A prompt on an empty cache: plan its reduction and put a
+        CompactCache in the place of a dynamic one."""
         self._prompt = True
         plan = self.plan
         if plan.prefill is None and plan.cache is None:
@@ -179,7 +185,9 @@ class Run:
             use_cache = getattr(self._adapter.decoder.config, "use_cache", True)
         if use_cache or cache is not None:
             if cache is not None and not _replaceable(cache):
-                return self._stats.step_aside(f"a {type(cache).__name__} was given; leave it out or pass a CompactCache")
+                return self._stats.step_aside(
+                    f"a {type(cache).__name__} was given; leave it out or pass a CompactCache"
+                )
             self._cache = self._own_cache(cache, layout)
         self._layout = layout
         self._prefill = self._plan_prefill(layout, inputs)
@@ -202,7 +210,9 @@ class Run:
         elif mask.shape != is_image.shape:
             raise LayoutError("the attention mask and the tokens differ in shape")
         on_host = torch.stack([is_image, mask.to(is_image.device).bool()]).cpu()
-        return read_layout(on_host[0], on_host[1], self._adapter.image_sizes(inputs) if on_host[0].any() else None)
+        return read_layout(
+            on_host[0], on_host[1], self._adapter.image_sizes(inputs) if on_host[0].any() else None
+        )
 
     def _own_cache(self, cache: Any, layout: BatchLayout) -> CompactCache:
         from .cache import CompactCache
@@ -238,10 +248,11 @@ class Run:
         return (hidden,), kwargs
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """The decoder's attention. query (B, Hq, S, D), key and value (B, Hkv, N, D); returns (B, S, Hq, D)."""
-        index: int = module.layer_idx  # type: ignore[assignment]
+        """The decoder's attention. query (B, Hq, S, D), key and
+        value (B, Hkv, N, D); returns (B, S, Hq, D)."""
+        index = int(module.layer_idx)
         scale = kwargs.get("scaling")
         layer = self._cache.layers[index] if self._cache is not None else None
         call = attention_hook.original_function(module, self._original)
@@ -263,8 +274,8 @@ class Run:
                 tail = level.tail if level is not None and shortened else self._layout.length
                 layer.begin(starts, self._layout.length, tail, shortened)
         elif layer is not None and layer.ragged:
-            starts, ends = (None, None) if _whole(layer) else layer.bounds()
-            out = attention_hook.decode_rows(query, key, value, starts, ends, scale)
+            bounds = None if _whole(layer) else layer.bounds()
+            out = attention_hook.decode_rows(query, key, value, bounds, scale)
         else:
             out, weights = call(module, query, key, value, mask, **kwargs)
         if not self._prompt and layer is not None and self.plan.cache is not None:
@@ -332,7 +343,7 @@ class _Statistics:
         self._full: list[int] = []
         self._bytes = (0, 0, 0)
         self._compactions = 0
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = {}
         self._op_calls: Counter[str] = Counter()
         self._op_seconds: dict[str, float] = {}
         self._aside: Counter[str] = Counter()
@@ -341,7 +352,7 @@ class _Statistics:
         self._aside[reason] += 1
 
     def add_time(self, phase: str, seconds: float) -> None:
-        self._seconds[phase] += seconds  # type: ignore[assignment]
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def add_op(self, call: OpCall) -> None:
         self._op_calls[call.name] += 1

@@ -1,7 +1,7 @@
-"""One sequence's way through an attached model: from its prompt to its last token.
+"""A prompt's way through the layers of an attached decoder.
 
-A session is made when a prompt enters an empty cache and lives in that cache. It knows, on the host, how long every
-row is at every layer; the device is asked only where the image tokens are, once.
+The host knows how long every row is at every layer; the device is asked only where the image tokens are, once
+per prompt.
 """
 
 from __future__ import annotations
@@ -103,7 +103,10 @@ class Prefill:
         """Score this level's tokens. query (B, Hq, M, D), key (B, Hkv, M, D), as attention gets them."""
         probe = self.part.probe
         assert probe is not None
-        positions = [_probe_positions(row, start, probe) for row, start in zip(self.level.rows, self.level.starts, strict=True)]
+        positions = [
+            _probe_positions(row, start, probe)
+            for row, start in zip(self.level.rows, self.level.starts, strict=True)
+        ]
         rows, row_pos = _gather_rows(query.transpose(1, 2), positions)
         device = query.device
         self._scores = ops.importance(
@@ -126,9 +129,11 @@ class Prefill:
         return hidden
 
     def kept(self) -> list[list[list[int]]]:
-        """For each row and image, the indices (in the original image) of the tokens that are left; reads the device."""
+        """Row -> image -> indices (in the original image) of the tokens that are left; reads the device."""
         found = []
-        for row, codes, within in zip(self.levels[0].rows, self._codes.tolist(), self._within.tolist(), strict=True):
+        for row, codes, within in zip(
+            self.levels[0].rows, self._codes.tolist(), self._within.tolist(), strict=True
+        ):
             images: list[list[int]] = [[] for _ in row.image_sizes]
             for code, index in zip(codes, within, strict=True):
                 if code >= FIRST_IMAGE:
@@ -139,7 +144,9 @@ class Prefill:
     def _reduce(self, stage: StagePlan, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         device = hidden.device
         images = max(len(kept) for kept in stage.keep)
-        keep = torch.tensor([kept + [0] * (images - len(kept)) for kept in stage.keep], dtype=torch.int32, device=device)
+        keep = torch.tensor(
+            [kept + [0] * (images - len(kept)) for kept in stage.keep], dtype=torch.int32, device=device
+        )
         segment = torch.where(self._codes >= FIRST_IMAGE, self._codes - FIRST_IMAGE, -1).to(torch.int32)
         reduced = self.part.reduce(
             StageInput(
@@ -176,7 +183,8 @@ class Prefill:
 
 
 def _tokens_second(x: Tensor, batch: int) -> Tensor:
-    """(..., B or 1, S, D) as (B, S, ..., D): rotary tables come with the axes of M-RoPE in front, or one shared row."""
+    """(..., B or 1, S, D) as (B, S, ..., D): rotary tables may
+    have M-RoPE's axes in front, or one shared row."""
     if x.shape[-3] != batch:
         x = x.expand(*x.shape[:-3], batch, *x.shape[-2:])
     return x if x.dim() == 3 else x.permute(1, 2, 0, 3)
@@ -195,9 +203,11 @@ def _probe_positions(row: RowLayout, start: int, probe: Probe) -> list[int]:
 
 
 def _gather_rows(query: Tensor, positions: list[list[int]]) -> tuple[Tensor, list[list[int]]]:
-    """Query rows (B, W, Hq, D) at the positions, and each row's position or -1 where a batch row has fewer."""
+    """Query rows (B, W, Hq, D) at the positions, and where each stands, or -1 where a batch row has fewer."""
     length, width = query.shape[1], max(len(row) for row in positions)
-    if all(row == list(range(length - len(row), length)) for row in positions):  # the usual prompt: image, then text
+    if all(
+        row == list(range(length - len(row), length)) for row in positions
+    ):  # the usual prompt: image, then text
         return query[:, length - width :], [[-1] * (width - len(row)) + row for row in positions]
     padded = [row + [-1] * (width - len(row)) for row in positions]
     index = torch.tensor(padded, dtype=torch.int32, device=query.device)

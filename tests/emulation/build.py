@@ -16,6 +16,14 @@ Kind = Literal["plain", "asan"]
 
 ROOT = Path(__file__).resolve().parents[2]
 _FOLDERS: dict[Kind, str] = {"plain": "emulation", "asan": "emulation-asan"}
+# A GPU faults on a vector access that is not aligned to the vector's size; x86 may let it pass.
+_SANITIZERS: dict[Kind, list[str]] = {
+    "plain": ["-DLIGHTVLM_ASAN=OFF"],
+    "asan": [
+        "-DLIGHTVLM_ASAN=ON",
+        "-DCMAKE_CXX_FLAGS=-fsanitize=alignment -fno-sanitize-recover=alignment",
+    ],
+}
 
 
 @contextmanager
@@ -39,7 +47,8 @@ def build(kind: Kind = "plain") -> Path:
     """Configures and builds CMake's target ``lightvlm_emulation``; nothing is rebuilt that is up to date.
 
     Args:
-        kind: ``"plain"``, or ``"asan"`` for AddressSanitizer (load it under :func:`asan_env` only).
+        kind: ``"plain"``, or ``"asan"`` for AddressSanitizer and checks of alignment (load it under
+            :func:`asan_env` only).
 
     Returns:
         The shared object, for ``torch.ops.load_library``: ops are in ``torch.ops.lightvlm_emulated``.
@@ -52,15 +61,14 @@ def build(kind: Kind = "plain") -> Path:
         raise ValueError(f"kind: got {kind!r}, wants one of {sorted(_FOLDERS)}")
     folder = ROOT / "build" / _FOLDERS[kind]
     with locked(folder):
-        if not (folder / "build.ninja").exists():
-            run_checked(
-                [
-                    *("cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
-                    *("-DLIGHTVLM_EMULATION=ON", "-DLIGHTVLM_NATIVE=OFF"),
-                    f"-DLIGHTVLM_ASAN={'ON' if kind == 'asan' else 'OFF'}",
-                    f"-DPython_EXECUTABLE={sys.executable}",
-                ]
-            )
+        run_checked(
+            [
+                *("cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
+                *("-DLIGHTVLM_EMULATION=ON", "-DLIGHTVLM_NATIVE=OFF"),
+                f"-DPython_EXECUTABLE={sys.executable}",
+                *_SANITIZERS[kind],
+            ]
+        )
         run_checked(["cmake", "--build", str(folder), "--target", "lightvlm_emulation", "-j", "2"])
     return folder / "lightvlm_emulation.so"
 

@@ -318,6 +318,12 @@ __global__ void global_read_kernel(const int* data, int64_t offset, int* out) {
     if (threadIdx.x == 0) *out = data[offset];
 }
 
+// A 16-byte access at an address that is a multiple of 4 only: a fault on the device.
+__global__ void vector_read_kernel(const int* data, int offset, int* out) {
+    const int4 pieces = *reinterpret_cast<const int4*>(data + offset);
+    out[threadIdx.x] = pieces.x + pieces.w;
+}
+
 }  // namespace
 }  // namespace lightvlm
 
@@ -411,6 +417,11 @@ SELF_TEST run_global_write(int* data, int64_t offset) {
 
 SELF_TEST run_global_read(const int* data, int64_t offset, int* out) {
     return launch("global_read", global_read_kernel, dim3(1), dim3(32), 0, nullptr, data, offset,
+                  out);
+}
+
+SELF_TEST run_vector_read(const int* data, int offset, int* out) {
+    return launch("vector_read", vector_read_kernel, dim3(1), dim3(1), 0, nullptr, data, offset,
                   out);
 }
 

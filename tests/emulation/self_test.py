@@ -19,7 +19,7 @@ Variant = Literal["plain", "asan", "ucontext"]
 
 _FLAGS: dict[Variant, list[str]] = {
     "plain": [],
-    "asan": ["-fsanitize=address", "-g1"],
+    "asan": ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-g1"],
     "ucontext": ["-DLIGHTVLM_EMULATION_UCONTEXT"],
 }
 _FOLDER = ROOT / "build" / "emulation-self-test"

@@ -380,6 +380,15 @@ def test_asan_is_silent_on_right_kernels_and_after_failures() -> None:
     assert "AddressSanitizer" not in done.stderr
 
 
+def test_sanitizers_report_a_misaligned_vector() -> None:
+    call = "t.call('run_vector_read', data.view(np.int32), {}, np.zeros(4, np.int32))"
+    data = "data = np.zeros(100, np.complex128)\n"  # numpy aligns its storage to 16 bytes
+    assert self_test.run_under_asan(f"{data}assert {call.format(4)} == 0").returncode == 0
+    done = self_test.run_under_asan(data + call.format(1))
+    assert done.returncode != 0
+    assert "misaligned address" in done.stderr
+
+
 def test_asan_guards_the_storage_of_tensors() -> None:
     done = self_test.run_under_asan(
         "import torch\nt.call('run_global_write', torch.zeros(1000).numpy(), c_int64(1000))"

@@ -11,7 +11,8 @@ import torch
 
 
 def commit() -> str:
-    """Commit of the source tree this package runs from, with "-dirty" if it was changed; "unknown" outside one."""
+    """Commit of the source tree this package runs from, with "-dirty" if it was changed; "unknown" outside
+    one."""
     here = Path(__file__).resolve().parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:

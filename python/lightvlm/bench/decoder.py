@@ -1,8 +1,10 @@
 """``lightvlm bench decoder``: prefill of a decoder of real geometry, with a plan and without.
 
-Weights are random: time does not depend on them. Image features are given, so that the vision tower, which no plan
-touches, is not in the figure. Baseline and methods run interleaved in one process on the same inputs; the ratio is
-against the fastest baseline, and all of them are in the rows. Beside each ratio stands the ceiling that FLOPs allow.
+Weights are random: time does not depend on them. Image features are given, so that the vision tower, which no
+    plan
+touches, is not in the figure. Baseline and methods run interleaved in one process on the same inputs; the
+ratio is against the fastest baseline, and all of them are in the rows. Beside each ratio stands the ceiling
+that FLOPs allow.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ def build_model(geometry: str, layers: int | None, dtype: torch.dtype, device: s
     width, depth, heads, kv_heads, mlp = GEOMETRIES[geometry]
     head = width // heads
     config = Qwen2_5_VLConfig(
-        vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": width},
+        vision_config={
+            "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": width,
+        },
         text_config={
             "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers or depth,
             "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": _VOCABULARY,
@@ -71,7 +75,8 @@ def build_model(geometry: str, layers: int | None, dtype: torch.dtype, device: s
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return Qwen2_5_VLForConditionalGeneration(config).eval()
+            model: PreTrainedModel = Qwen2_5_VLForConditionalGeneration(config).eval()
+            return model
     finally:
         torch.set_default_dtype(before)
 
@@ -84,13 +89,16 @@ def _mrope(head: int) -> list[int]:
 
 
 def build_inputs(model: PreTrainedModel, batch: int, image: int, text: int) -> dict[str, Any]:
-    """One image of ``image`` tokens and ``text`` tokens around it, in every row; features instead of pixels."""
+    """One image of ``image`` tokens and ``text`` tokens around
+    it, in every row; features instead of pixels."""
     generator = torch.Generator().manual_seed(1)
     before = min(8, text // 2)
     words = torch.randint(8, _VOCABULARY, (batch, text), generator=generator)
     ids = torch.cat([words[:, :before], torch.full((batch, image), _IMAGE), words[:, before:]], dim=1)
     width = model.config.text_config.hidden_size
-    features = [torch.randn(image, width, generator=generator).to(model.device, model.dtype) for _ in range(batch)]
+    features = [
+        torch.randn(image, width, generator=generator).to(model.device, model.dtype) for _ in range(batch)
+    ]
     rows = max(1, round(image**0.5))
     while image % rows:
         rows -= 1
@@ -144,7 +152,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     seconds = {name: statistics.median(values) for name, values in times.items()}
     fastest = min(candidates, key=lambda name: seconds[name])
-    case = f"{args.geometry}, {args.layers or GEOMETRIES[args.geometry][1]} layers, {args.batch} x ({args.image_tokens} image + {args.text_tokens} text), {args.dtype}"
+    depth = args.layers or GEOMETRIES[args.geometry][1]
+    prompt = f"{args.batch} x ({args.image_tokens} image + {args.text_tokens} text)"
+    case = f"{args.geometry}, {depth} layers, {prompt}, {args.dtype}"
     adapter = find_adapter(model)
     full_flops = prefill_flops(adapter, [[length] * args.batch] * len(adapter.layers))
     rows: list[dict[str, Any]] = []
@@ -174,7 +184,8 @@ def _fresh(inputs: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _interleaved(calls: dict[Any, Callable[[], None]], rounds: int, device: str) -> dict[Any, list[float]]:
-    """Seconds of every call in every round; the calls of a round run one after the other, after one warm-up round."""
+    """Seconds of every call in every round; the calls of a round
+    run one after the other, after one warm-up round."""
     times: dict[Any, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():

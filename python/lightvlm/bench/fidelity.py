@@ -1,8 +1,8 @@
 """``lightvlm bench fidelity``: accuracy of the reference VLM under a method, over the FLOPs that are left.
 
-Every method answers the same questions, one of each kind about every scene. Intervals are 95 % bootstraps over
-scenes; where a method is compared with random dropping at the same counts, both answers to a question are resampled
-together (paired). Whole curves are printed, not single points.
+Every method answers the same questions, one of each kind about every scene. Intervals are 95 % bootstraps
+over scenes; where a method is compared with random dropping at the same counts, both answers to a question
+are resampled together (paired). Whole curves are printed, not single points.
 """
 
 from __future__ import annotations
@@ -30,13 +30,21 @@ _RESAMPLES = 5000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the benchmark."""
-    parser.add_argument("--questions", type=int, default=2000, help="a multiple of 4: one of each kind a scene")
-    parser.add_argument("--split", choices=["test", "val"], default="test", help="val is for choosing, test for reporting")
+    parser.add_argument(
+        "--questions", type=int, default=2000, help="a multiple of 4: one of each kind a scene"
+    )
+    parser.add_argument(
+        "--split", choices=["test", "val"], default="test", help="val is for choosing, test for reporting"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", choices=method_names(), nargs="+", default=["lightvlm", "random"])
     parser.add_argument("--keep", type=float, nargs="+", default=list(KEEPS))
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="for every method that has it")
-    parser.add_argument("--random-seeds", type=int, default=3, help="random dropping is the mean over this many seeds")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="for every method that has it"
+    )
+    parser.add_argument(
+        "--random-seeds", type=int, default=3, help="random dropping is the mean over this many seeds"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--device", default="cpu")
@@ -67,7 +75,9 @@ class Questions:
         candidates = make_scenes(split, wanted + wanted // 4 + 8, seed)
         for number, scene in enumerate(candidates):
             asked = {q.kind: q for q in questions(scene, np.random.default_rng([seed, number]))}
-            if len(asked) == len(KINDS):  # in a few scenes no digit occurs once, so none can be asked for its colour
+            if len(asked) == len(
+                KINDS
+            ):  # in a few scenes no digit occurs once, so none can be asked for its colour
                 self.scenes += [scene] * len(KINDS)
                 self.questions += [asked[kind] for kind in KINDS]
             if len(self.questions) == count:
@@ -146,14 +156,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         random = results.get(("random", keep))
         if name != "random" and random is not None:
             low, high = bootstrap(result.scores - random.scores)
-            row["over_random"] = {"mean": float((result.scores - random.scores).mean()), "low": low, "high": high}
+            row["over_random"] = {
+                "mean": float((result.scores - random.scores).mean()),
+                "low": low,
+                "high": high,
+            }
         rows.append(row)
     return {"kind": "fidelity", **describe(args.device), "options": options, "seed": args.seed, "rows": rows}
 
 
 def _plan(name: str, keep: float, options: dict[str, Any], seed: int) -> Plan:
     if name == "random":  # it shares only where and how much with the others
-        options = {key: value for key, value in options.items() if key in ("layers", "fractions")} | {"seed": seed}
+        options = {key: value for key, value in options.items() if key in ("layers", "fractions")} | {
+            "seed": seed
+        }
     return method(name, keep=keep, **options)
 
 
@@ -169,7 +185,10 @@ def _row(case: str, name: str, keep: float, result: Result, full: Result, asked:
         "low": low,
         "high": high,
         "retained": float(result.scores.mean() / full.scores.mean()),
-        "minus_full": {"mean": float(drop.mean()), **dict(zip(("low", "high"), bootstrap(drop), strict=True))},
+        "minus_full": {
+            "mean": float(drop.mean()),
+            **dict(zip(("low", "high"), bootstrap(drop), strict=True)),
+        },
         "by_kind": dict(zip(asked.kinds, result.scores.mean(axis=0).tolist(), strict=True)),
         "wall_seconds": result.seconds,
     }

@@ -1,6 +1,7 @@
 """What a method is: where it works (stages), how it scores (a probe), and how it reduces.
 
-A prefill method is one file: a frozen dataclass deriving from :class:`PrefillPart`. The runtime calls ``stages`` once
+A prefill method is one file: a frozen dataclass deriving from :class:`PrefillPart`. The runtime calls
+    ``stages`` once
 per prompt, runs attention, asks for ``probe`` rows at the layer before each stage, and hands ``reduce`` a
 :class:`StageInput`. Methods never see models, caches or padding rules.
 """
@@ -19,10 +20,13 @@ from ..plan import Part, Plan
 if TYPE_CHECKING:
     from lightvlm_ext.ops import Selection
 
+    from ..cache import CompactLayer
+
 
 @dataclass(frozen=True)
 class Stage:
-    """Image tokens are reduced at the input of decoder layer ``layer`` to ``keep`` of their original number."""
+    """Image tokens are reduced at the input of decoder layer
+    ``layer`` to ``keep`` of their original number."""
 
     layer: int
     keep: float
@@ -30,7 +34,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Probe:
-    """Which query rows score the keys, and how their attention is reduced (see ``lightvlm_ext.ops.importance``).
+    """Which query rows score the keys, and how their attention is reduced (see
+    ``lightvlm_ext.ops.importance``).
 
     ``rows``: "text" are the prompt's text tokens that come after an image (at most the last ``limit`` of them),
     "last" is the last token alone.
@@ -44,11 +49,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class StageInput:
-    """What a method sees of a batch at a stage. B rows, M tokens, C channels, G images in the row that has most.
+    """What a method sees of a batch at a stage. B rows, M tokens, C channels, G images in the row that has
+    most.
 
     Attributes:
         hidden (B, M, C): input of the layer.
-        scores (B, M) fp32 or None: attention that each token received from the probe rows in the layer before.
+        scores (B, M) fp32 or None: attention that each token received from the probe rows in the layer
+            before.
         segment (B, M) int32: number of the image a token belongs to, -1 for text and padding.
         within (B, M) int32: index of an image token in its original image.
         text (B, M) bool: text tokens; they are always kept.
@@ -93,13 +100,38 @@ class PrefillPart(Part):
         raise NotImplementedError
 
 
+class CachePart(Part):
+    """Base of decode-time policies. Subclasses are frozen dataclasses with at least these three fields."""
+
+    slot = "cache"
+    interval: int
+    """Generated tokens between two compactions."""
+    recent: int
+    """Tokens at the end of a row that are never evicted."""
+    rows: int
+    """Query rows that the cache remembers for scoring."""
+
+    def choose(self, layer: CompactLayer, leftpad: list[int]) -> tuple[Tensor, Tensor, list[int]] | None:
+        """What a layer keeps: index (B, M) int32, count (B,) int32 and the counts on the host; None: all of it.
+
+        Args:
+            layer: the cached keys and the last ``rows`` queries.
+            leftpad: padding of each row in the prompt, which the logical length counts.
+        """
+        raise NotImplementedError
+
+
 def keep_count(tokens: int, keep: float) -> int:
     """Tokens left of an image: max(1, floor(keep * tokens + 1/2))."""
     return max(1, math.floor(keep * tokens + 0.5))
 
 
 def pyramid_stages(
-    layers: int, keep: float, at: tuple[int, ...] | None, fractions: tuple[float, ...] | None, default_at: Callable[[int], tuple[int, ...]]
+    layers: int,
+    keep: float,
+    at: tuple[int, ...] | None,
+    fractions: tuple[float, ...] | None,
+    default_at: Callable[[int], tuple[int, ...]],
 ) -> tuple[Stage, ...]:
     """The stages of a pyramid that ends at ``keep``.
 
@@ -110,7 +142,8 @@ def pyramid_stages(
         fractions: share kept from each stage on; None: geometric, keep ** (t / T).
 
     Raises:
-        ValueError: layers outside the decoder or not ascending, fractions that do not fit or do not end at keep.
+        ValueError: layers outside the decoder or not ascending, fractions that do not fit or do not end at
+            keep.
     """
     if keep >= 1:
         return ()
@@ -118,7 +151,7 @@ def pyramid_stages(
     if not at or list(at) != sorted(set(at)) or at[0] < 0 or at[-1] >= layers:
         raise ValueError(f"layers must be ascending layer numbers within 0..{layers - 1}, got {at}")
     if fractions is None:
-        fractions = tuple(keep ** (t / len(at)) for t in range(1, len(at))) + (keep,)
+        fractions = (*tuple(keep ** (t / len(at)) for t in range(1, len(at))), keep)
     if len(fractions) != len(at):
         raise ValueError(f"fractions must have one entry per layer ({len(at)}), got {len(fractions)}")
     if any(not 0 < f <= 1 for f in fractions) or list(fractions) != sorted(fractions, reverse=True):

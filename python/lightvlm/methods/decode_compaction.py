@@ -1,7 +1,9 @@
 """Decode-time compaction: evict cached tokens, generated ones too, that recent queries no longer look at.
 
-The policy behind LightVLM's decoding part, in our reading (arXiv 2509.00419 says only that unneeded entries are
-removed): every ``interval`` tokens, keep the sinks, a recent window, and the tokens with the most attention from the
+The policy behind LightVLM's decoding part, in our reading (arXiv 2509.00419 says only that unneeded entries
+are
+removed): every ``interval`` tokens, keep the sinks, a recent window, and the tokens with the most attention
+    from the
 last ``rows`` queries, up to a share of the sequence.
 """
 
@@ -15,8 +17,8 @@ from torch import Tensor
 
 from lightvlm_ext import ops
 
-from ..plan import Part, check_options, option, register_part
-from .base import check_keep
+from ..plan import check_options, option, register_part
+from .base import CachePart, check_keep
 
 if TYPE_CHECKING:
     from ..cache import CompactLayer
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 @register_part("cache", "decode_compaction")
 @dataclass(frozen=True)
-class DecodeCompaction(Part):
+class DecodeCompaction(CachePart):
     """Keep ``keep`` of the sequence: sinks, a recent window, and what the last queries attended to most."""
 
     keep: float = option(0.35, "share of the logical sequence kept in the cache at each compaction")
@@ -47,19 +49,15 @@ class DecodeCompaction(Part):
         return max(self.sinks + self.recent, int(self.keep * logical + 0.5))
 
     def choose(self, layer: CompactLayer, leftpad: list[int]) -> tuple[Tensor, Tensor, list[int]] | None:
-        """What a layer keeps: index (B, M) int32, count (B,) int32 and the counts on the host; None: all of it.
-
-        Args:
-            layer: the cached keys and the last ``rows`` queries.
-            leftpad: padding of each row in the prompt, which the logical length counts.
-        """
         starts, ends = layer.starts, layer.ends
         kept = [
             min(end - start, self.budget(layer.seen - pad))
             for start, end, pad in zip(starts, ends, leftpad, strict=True)
         ]
         queries = layer.recent_queries()
-        if queries.shape[1] == 0 or all(count == end - start for count, start, end in zip(kept, starts, ends, strict=True)):
+        if queries.shape[1] == 0 or all(
+            count == end - start for count, start, end in zip(kept, starts, ends, strict=True)
+        ):
             return None
         keys, device = layer.key_storage[:, : max(ends)], layer.key_storage.device
         start, end = layer.bounds()

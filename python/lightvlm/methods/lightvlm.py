@@ -1,15 +1,15 @@
 """LightVLM: pyramid merging of image tokens at prefill, compaction of the KV cache at decode.
 
 Source: Hu, Shang, Feng, Wan, "LightVLM", arXiv 2509.00419. Only its abstract could be had: tokens are merged at several
-decoder layers until few dominant ones remain, and unneeded KV entries are removed while decoding. The score, the
-layers, the counts, the selection and the merge rule below are *our reading*, chosen on validation scenes of the
-reference VLM (docs/lightvlm.md); each is an option.
+decoder layers until few dominant ones remain, and unneeded KV entries are removed while decoding. The score,
+the layers, the counts, the selection and the merge rule below are *our reading*, chosen on validation scenes
+of the reference VLM (docs/lightvlm.md); each is an option.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -21,7 +21,8 @@ from .decode_compaction import DecodeCompaction
 
 
 def default_layers(layers: int) -> tuple[int, ...]:
-    """Three stages early in the decoder, at 1/8, 1/4 and 3/8 of its depth, the first after at least one layer."""
+    """Three stages early in the decoder, at 1/8, 1/4 and 3/8 of
+    its depth, the first after at least one layer."""
     at = sorted({max(1, layers // 8), max(2, layers // 4), max(3, 3 * layers // 8)})
     return tuple(layer for layer in at if layer < layers)
 
@@ -32,16 +33,28 @@ class LightVLMPrefill(PrefillPart):
     """Pyramid merging inside the decoder (our reading of LightVLM's encoding part)."""
 
     keep: float = option(0.35, "final share of each image's tokens")
-    layers: tuple[int, ...] | None = option(None, "reduce at the input of these layers; None: 1/8, 1/4, 3/8 of the depth")
+    layers: tuple[int, ...] | None = option(
+        None, "reduce at the input of these layers; None: 1/8, 1/4, 3/8 of the depth"
+    )
     fractions: tuple[float, ...] | None = option(None, "share kept from each stage on; None: geometric")
     probe_rows: Literal["text", "last"] = option("text", "query rows that score", choices=("text", "last"))
     probe_limit: int = option(64, "at most this many of the last text rows", low=1)
-    over_rows: Literal["mean", "max"] = option("mean", "reduction of the score over rows", choices=("mean", "max"))
-    over_heads: Literal["mean", "max"] = option("mean", "reduction of the score over heads", choices=("mean", "max"))
-    selection: Literal["diverse", "top"] = option("diverse", "greedy diverse, or highest scores", choices=("diverse", "top"))
-    strength: float = option(1.0, "how much a token's likeness to chosen ones counts against it", low=0.0, high=1.0)
+    over_rows: Literal["mean", "max"] = option(
+        "mean", "reduction of the score over rows", choices=("mean", "max")
+    )
+    over_heads: Literal["mean", "max"] = option(
+        "mean", "reduction of the score over heads", choices=("mean", "max")
+    )
+    selection: Literal["diverse", "top"] = option(
+        "diverse", "greedy diverse, or highest scores", choices=("diverse", "top")
+    )
+    strength: float = option(
+        1.0, "how much a token's likeness to chosen ones counts against it", low=0.0, high=1.0
+    )
     merge: Literal["uniform", "score", "drop"] = option(
-        "uniform", "dropped tokens merge with equal weights, with their scores, or not at all", choices=("uniform", "score", "drop")
+        "uniform",
+        "dropped tokens merge with equal weights, with their scores, or not at all",
+        choices=("uniform", "score", "drop"),
     )
     min_image_tokens: int = option(32, "step aside below this many image tokens in a prompt", low=0)
 
@@ -61,7 +74,12 @@ class LightVLMPrefill(PrefillPart):
 
     def reduce(self, stage: StageInput) -> Reduced:
         assert stage.scores is not None
-        chosen = {"keep": stage.keep, "forced": stage.text, "segment": stage.segment, "capacity": stage.capacity}
+        chosen: dict[str, Any] = {
+            "keep": stage.keep,
+            "forced": stage.text,
+            "segment": stage.segment,
+            "capacity": stage.capacity,
+        }
         if self.selection == "diverse":
             selection = ops.select_diverse(stage.scores, stage.hidden, strength=self.strength, **chosen)
         else:
@@ -74,7 +92,7 @@ class LightVLMPrefill(PrefillPart):
         return Reduced(selection, hidden)
 
 
-def LightVLM(  # noqa: N802  a method is named as in its paper
+def LightVLM(
     keep: float = 0.35,
     *,
     decode_keep: float | None = 0.35,

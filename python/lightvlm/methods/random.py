@@ -17,12 +17,15 @@ from .lightvlm import default_layers
 @register_part("prefill", "random")
 @dataclass(frozen=True)
 class RandomPrefill(PrefillPart):
-    """Keep random image tokens, at the layers and counts of LightVLM's default schedule unless told otherwise."""
+    """Keep random image tokens, at the layers and counts of
+    LightVLM's default schedule unless told otherwise."""
 
     keep: float = option(0.35, "final share of each image's tokens")
     layers: tuple[int, ...] | None = option(None, "reduce at the input of these layers; None: as LightVLM")
     fractions: tuple[float, ...] | None = option(None, "share kept from each stage on; None: geometric")
-    merge: Literal["drop", "uniform"] = option("drop", "dropped tokens vanish, or merge", choices=("drop", "uniform"))
+    merge: Literal["drop", "uniform"] = option(
+        "drop", "dropped tokens vanish, or merge", choices=("drop", "uniform")
+    )
     seed: int = option(0, "seed of the choice", low=0)
     min_image_tokens: int = option(32, "step aside below this many image tokens in a prompt", low=0)
 
@@ -45,13 +48,15 @@ class RandomPrefill(PrefillPart):
         if self.merge == "drop":
             hidden = ops.gather_tokens(stage.hidden, selection.index, selection.count, align="right")
         else:
-            hidden = ops.merge_tokens(stage.hidden, selection, torch.ones_like(scores), stage.segment, align="right")
+            hidden = ops.merge_tokens(
+                stage.hidden, selection, torch.ones_like(scores), stage.segment, align="right"
+            )
         return Reduced(selection, hidden)
 
 
 _MAX_IMAGE_TOKENS = 1 << 16
 
 
-def Random(keep: float = 0.35, **options: object) -> Plan:  # noqa: N802
+def Random(keep: float = 0.35, **options: object) -> Plan:
     """A plan that keeps random image tokens; options: see :class:`RandomPrefill`."""
     return Plan(prefill=RandomPrefill(keep=keep, **options))  # type: ignore[arg-type]

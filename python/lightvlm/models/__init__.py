@@ -37,7 +37,8 @@ def find_adapter(model: nn.Module) -> Adapter:
 
 
 def _check_decoder(adapter: Adapter) -> None:
-    """Refuse decoders whose layers do not attend to all earlier tokens through transformers' attention interface."""
+    """Refuse decoders whose layers do not attend to all earlier
+    tokens through transformers' attention interface."""
     config = adapter.decoder.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:

@@ -1,6 +1,7 @@
 """What the runtime must know of a model family: where its layers are, and where its image tokens.
 
-A family is one small file: a subclass of :class:`Adapter` that names the transformers classes it fits. Nothing here
+A family is one small file: a subclass of :class:`Adapter` that names the transformers classes it fits.
+    Nothing here
 imports transformers: classes are recognised by name, so that importing lightvlm stays cheap.
 """
 
@@ -23,34 +24,36 @@ class Adapter:
     first_layer: ClassVar[int] = 0
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        # Models differ in attributes that no common class declares, hence Any here and below.
+        self.model: Any = model
 
     @property
-    def base(self) -> nn.Module:
+    def base(self) -> Any:
         """The module whose forward takes input_ids and images, and runs the text decoder."""
-        return self.model.model  # type: ignore[return-value]
+        return self.model.model
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         """The text decoder."""
-        return self.base.language_model  # type: ignore[return-value]
+        return self.base.language_model
 
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder's layers."""
-        return list(self.decoder.layers)  # type: ignore[arg-type]
+        return list(self.decoder.layers)
 
     @property
     def attentions(self) -> list[nn.Module]:
         """The attention module of each layer."""
-        return [layer.self_attn for layer in self.layers]  # type: ignore[misc]
+        return [layer.get_submodule("self_attn") for layer in self.layers]
 
     def image_token_ids(self) -> tuple[int, ...]:
         """Ids of the placeholder tokens that stand for image or video features."""
-        return (int(self.model.config.image_token_id),)  # type: ignore[union-attr,arg-type]
+        return (int(self.model.config.image_token_id),)
 
     def image_sizes(self, inputs: dict[str, Any]) -> list[int] | None:
-        """Tokens of each image, in reading order, or None where every stretch of placeholders is one image."""
+        """Tokens of each image, in reading order, or None where
+        every stretch of placeholders is one image."""
         encoded = self.encoded(inputs)
         if encoded:  # generate() runs the vision tower first: its outputs know their sizes best
             # images and videos mixed: their order is in the prompt, not in the features
@@ -79,5 +82,5 @@ class Adapter:
         if inputs.get("input_ids") is not None:
             return torch.isin(inputs["input_ids"], torch.tensor(ids, device=inputs["input_ids"].device))
         embeds = inputs["inputs_embeds"]
-        table = self.decoder.get_input_embeddings().weight  # type: ignore[operator]
+        table = self.decoder.get_input_embeddings().weight
         return torch.stack([(embeds == table[token]).all(-1) for token in ids]).any(0)

@@ -16,9 +16,9 @@ class Llava(Adapter):
         pixels = inputs.get("pixel_values")
         if pixels is None or inputs.get("image_sizes") is not None:
             return None
-        vision = self.model.config.vision_config  # type: ignore[union-attr]
-        patch = vision.patch_size  # type: ignore[union-attr]
+        vision = self.model.config.vision_config
+        patch = vision.patch_size
         tokens = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
-        if self.model.config.vision_feature_select_strategy == "full":  # type: ignore[union-attr]
+        if self.model.config.vision_feature_select_strategy == "full":
             tokens += 1
         return [tokens] * pixels.shape[0]
