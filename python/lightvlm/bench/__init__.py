@@ -1,9 +1,9 @@
 """``lightvlm bench KIND``: one module of this package per kind, imported only when it is asked for.
 
-A kind's module has ``add_arguments(parser)`` and ``run(args) -> dict`` (the JSON object of ``lightvlm bench KIND``), and
-may have ``table(result) -> rich.table.Table``; without one, :func:`table` prints the fields that every row has. The
-command line adds ``--json`` and ``--debug``. Bad values raise ValueError or TypeError naming the argument; progress goes
-to standard error.
+A kind's module has ``add_arguments(parser)`` and ``run(args) -> dict`` (the JSON object of ``lightvlm bench``), and
+may have ``table(result) -> rich.table.Table``; without one, :func:`table` prints the fields that every row has.
+The command line adds ``--json`` and ``--debug``. Bad values raise ValueError or TypeError naming the argument;
+progress goes to standard error.
 """
 
 from __future__ import annotations
