@@ -1,5 +1,7 @@
 # LIGHTVLM_CUDA=auto|on|off  ->  LIGHTVLM_WITH_CUDA, LIGHTVLM_CUDA_REASON where it is off, and the
 # CUDA language enabled where it is on.
+include("${CMAKE_CURRENT_LIST_DIR}/arches.cmake")
+
 set(LIGHTVLM_CUDA "auto" CACHE STRING "Build the CUDA backend: auto (where nvcc is found), on, off")
 set_property(CACHE LIGHTVLM_CUDA PROPERTY STRINGS auto on off)
 string(TOLOWER "${LIGHTVLM_CUDA}" _lightvlm_cuda)
@@ -12,24 +14,6 @@ set(LIGHTVLM_CUDA_ARCHES "")
 # sm_80 runs on every 8.x, sm_90a uses what Hopper alone has, and PTX 90 is compiled by the driver
 # on anything newer. TORCH_CUDA_ARCH_LIST and CMAKE_CUDA_ARCHITECTURES say otherwise.
 set(_default_arches 80-real 90a-real 90-virtual)
-
-# "8.0;9.0a+PTX" as torch's builds spell it -> "80-real;90a-real;90-virtual".
-function(lightvlm_arches_from_torch_list text result)
-    string(REGEX REPLACE "[ ,]+" ";" items "${text}")
-    set(arches "")
-    foreach(item IN LISTS items)
-        if(NOT item MATCHES "^([0-9]+)\\.([0-9])([af]?)(\\+PTX)?$")
-            message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: cannot read '${item}', "
-                "wants entries like 8.0, 9.0a or 9.0+PTX")
-        endif()
-        list(APPEND arches "${CMAKE_MATCH_1}${CMAKE_MATCH_2}${CMAKE_MATCH_3}-real")
-        if(CMAKE_MATCH_4)
-            list(APPEND arches "${CMAKE_MATCH_1}${CMAKE_MATCH_2}-virtual")
-        endif()
-    endforeach()
-    list(REMOVE_DUPLICATES arches)
-    set(${result} "${arches}" PARENT_SCOPE)
-endfunction()
 
 # The compiler itself: what is on PATH may be a script that starts it, from which CMake cannot
 # tell where the toolkit lies.

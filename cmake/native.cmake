@@ -23,6 +23,10 @@ target_include_directories(lightvlm_ops PRIVATE csrc "${CMAKE_CURRENT_BINARY_DIR
 target_compile_options(lightvlm_ops PRIVATE
     "$<$<COMPILE_LANGUAGE:CXX>:${LIGHTVLM_CXX_FLAGS}>")
 target_link_libraries(lightvlm_ops PRIVATE lightvlm_torch)
+target_link_options(lightvlm_ops PRIVATE
+    "-Wl,--version-script=${PROJECT_SOURCE_DIR}/cmake/exports.map")
+set_property(TARGET lightvlm_ops APPEND PROPERTY
+    LINK_DEPENDS "${PROJECT_SOURCE_DIR}/cmake/exports.map")
 
 foreach(op IN LISTS LIGHTVLM_OPS)
     target_sources(lightvlm_ops PRIVATE csrc/${op}_cpu.cpp csrc/${op}_op.cpp)

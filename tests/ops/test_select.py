@@ -401,3 +401,43 @@ def test_observers_see_calls() -> None:
     assert [(call.name, call.device) for call in calls] == [("select", "cpu")]
     assert calls[0].seconds is not None
     assert calls[0].seconds >= 0
+
+
+@pytest.mark.parametrize("extra", [{}, {"forced": S > 0.9, "candidates": S > 0.1}, {"mass": 0.5}])
+def test_opcheck(extra: dict[str, object]) -> None:
+    outputs = [torch.empty(shape, dtype=torch.int32) for shape in ((2, 6), (2,), (2, 6))]
+    forced, candidates = extra.get("forced"), extra.get("candidates")
+    segment = torch.zeros(2, 6, dtype=torch.int32)
+    mass = extra.get("mass", 0.0)
+    keep = None if mass else torch.ones(2, 1, dtype=torch.int32)
+    arguments = (S, forced, candidates, segment, keep, 0, mass, *outputs, None)
+    torch.library.opcheck(torch.ops.lightvlm.select.default, arguments)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    compiled = torch.compile(lambda s: ops.select(s, keep=3), fullgraph=True, backend="aot_eager")
+    assert_same(compiled(S), ops.select(S, keep=3))
+
+
+@pytest.mark.parametrize(
+    ("position", "wrong", "message"),
+    [
+        (0, S.double(), "scores: has dtype"),
+        (0, S.T, "scores: the last dimension"),
+        (1, S, "forced: has dtype"),
+        (4, torch.ones(2, 1, dtype=torch.int32), "keep: .* segment"),
+        (6, 2.0, "mass: got 2"),
+        (7, torch.empty(2, 3), "index: has dtype"),
+        (7, torch.empty(3, 3, dtype=torch.int32), r"index: has shape \(3, 3\), must be \(2, 3\)"),
+        (8, torch.empty(4, dtype=torch.int32)[::2], "count: must be contiguous"),
+        (9, torch.empty(2, 5, dtype=torch.int32), r"inverse: .* must be \(2, 6\)"),
+        (10, torch.zeros(2, dtype=torch.int32), r"error: .* must be \(1\)"),
+    ],
+)
+def test_raw_calls_are_checked(position: int, wrong: object, message: str) -> None:
+    outputs = [torch.empty(shape, dtype=torch.int32) for shape in ((2, 3), (2,), (2, 6))]
+    arguments: list[object] = [S, None, None, None, None, 1, 0.0, *outputs, None]
+    ops.select(S, keep=1)
+    arguments[position] = wrong
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        torch.ops.lightvlm.select(*arguments)

@@ -1,0 +1,17 @@
+# "8.0;9.0a+PTX" as torch's builds spell it -> "80-real;90a-real;90-virtual".
+function(lightvlm_arches_from_torch_list text result)
+    string(REGEX REPLACE "[ ,]+" ";" items "${text}")
+    set(arches "")
+    foreach(item IN LISTS items)
+        if(NOT item MATCHES "^([0-9]+)\\.([0-9])([af]?)(\\+PTX)?$")
+            message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: cannot read '${item}', "
+                "wants entries like 8.0, 9.0a or 9.0+PTX")
+        endif()
+        list(APPEND arches "${CMAKE_MATCH_1}${CMAKE_MATCH_2}${CMAKE_MATCH_3}-real")
+        if(CMAKE_MATCH_4)
+            list(APPEND arches "${CMAKE_MATCH_1}${CMAKE_MATCH_2}-virtual")
+        endif()
+    endforeach()
+    list(REMOVE_DUPLICATES arches)
+    set(${result} "${arches}" PARENT_SCOPE)
+endfunction()
