@@ -1,4 +1,4 @@
-"""Plain-torch reference of the ``gather_tokens`` op."""
+"""gather_tokens, in plain torch."""
 
 from __future__ import annotations
 
@@ -6,33 +6,56 @@ from collections.abc import Sequence
 from typing import overload
 
 import torch
-from torch import Tensor
+
+from .._gather_args import check_gather
 
 
 @overload
-def gather_tokens(x: Tensor, index: Tensor, count: Tensor, *, align: str = ...) -> Tensor: ...
-@overload
-def gather_tokens(x: Sequence[Tensor], index: Tensor, count: Tensor, *, align: str = ...) -> list[Tensor]: ...
 def gather_tokens(
-    x: Tensor | Sequence[Tensor], index: Tensor, count: Tensor, *, align: str = "left"
-) -> Tensor | list[Tensor]:
-    """See :func:`lightvlm_ext.ops.gather_tokens`."""
-    if not isinstance(x, Tensor):
-        return [gather_tokens(one, index, count, align=align) for one in x]
-    slots = index.shape[1]
-    source, valid = aligned_index(index, count, align)
-    shape = (*source.shape, *([1] * (x.dim() - 2)))
-    picked = x.gather(1, source.clamp_min(0).reshape(shape).expand(-1, -1, *x.shape[2:])) if x.shape[1] and slots else None
-    if picked is None:
-        return x.new_zeros(x.shape[0], slots, *x.shape[2:])
-    return torch.where(valid.reshape(shape), picked, torch.zeros((), dtype=x.dtype, device=x.device))
+    x: torch.Tensor, index: torch.Tensor, count: torch.Tensor, *, align: str = ...
+) -> torch.Tensor: ...
 
 
-def aligned_index(index: Tensor, count: Tensor, align: str) -> tuple[Tensor, Tensor]:
-    """The source of every output slot (int64) and whether it has one, for rows that stand flush left or right."""
+@overload
+def gather_tokens(
+    x: Sequence[torch.Tensor], index: torch.Tensor, count: torch.Tensor, *, align: str = ...
+) -> list[torch.Tensor]: ...
+
+
+def gather_tokens(
+    x: torch.Tensor | Sequence[torch.Tensor],
+    index: torch.Tensor,
+    count: torch.Tensor,
+    *,
+    align: str = "left",
+) -> torch.Tensor | list[torch.Tensor]:
+    """As `lightvlm_ext.ops.gather_tokens`. Raises on every device."""
+    tensors, index, count, right = check_gather(x, index, count, align=align)
+    rows, slots = index.shape
+    if tensors:
+        _check_values(index, count, tensors[0].shape[1])
+    gathered = []
+    for one in tensors:
+        out = one.new_zeros((rows, slots, *one.shape[2:]))
+        for row, kept in enumerate(count.tolist()):
+            first = slots - kept if right else 0
+            out[row, first : first + kept] = one[row, index[row, :kept].long()]
+        gathered.append(out)
+    return gathered[0] if isinstance(x, torch.Tensor) else gathered
+
+
+def _check_values(index: torch.Tensor, count: torch.Tensor, tokens: int) -> None:
     slots = index.shape[1]
-    slot = torch.arange(slots, device=index.device)[None]
-    at = slot - (slots - count.long()[:, None]) if align == "right" else slot.expand(index.shape[0], -1)
-    valid = (at >= 0) & (at < count.long()[:, None])
-    source = index.long().gather(1, at.clamp(0, max(slots - 1, 0))) if slots else index.long()
-    return source, valid
+    for row, kept in enumerate(count.tolist()):
+        if not 0 <= kept <= slots:
+            raise ValueError(f"count: row {row} has {kept}, must be in [0, {slots}], the index slots")
+        entries = index[row, :kept].tolist()
+        for position, entry in enumerate(entries):
+            if not 0 <= entry < tokens:
+                raise ValueError(
+                    f"index: row {row} has {entry} at position {position}, must be in [0, {tokens})"
+                )
+            if position and entry <= entries[position - 1]:
+                raise ValueError(
+                    f"index: row {row} has {entry} at position {position}, must be strictly ascending"
+                )

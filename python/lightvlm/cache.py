@@ -238,10 +238,15 @@ class CompactLayer(CacheLayerMixin):
 
 
 def _token_major(states: Tensor, room: int, copy: int = 0) -> Tensor:
-    """A buffer (B, room, H, D) for states (B, H, S, D), with their first ``copy`` tokens in it."""
-    batch, heads, _, width = states.shape
+    """A buffer (B, room, H, D) for states (B, H, S, D), with their first ``copy`` tokens in it.
+
+    What the caller does not fill (tokens past S or ``copy``) is zero, not uninitialised: where rows differ in length,
+    attention multiplies such values by weights of zero, and zero times NaN is NaN.
+    """
+    batch, heads, length, width = states.shape
     buffer = states.new_empty(batch, room, heads, width)
     buffer[:, :copy] = states[:, :, :copy].transpose(1, 2)
+    buffer[:, copy or length :].zero_()
     return buffer
 
 
