@@ -54,7 +54,8 @@ def load(path: Path | None = None) -> None:
                 f"{error.__cause__ or error}. Needs torch >= 2.10; rebuild it if torch is that new."
             ) from error
         for name, fake in _fakes:
-            torch.library.register_fake(f"{_NAMESPACE}::{name}", fake)
+            if hasattr(torch.ops.lightvlm, name):  # an older build lacks the newest ops: see op()
+                torch.library.register_fake(f"{_NAMESPACE}::{name}", fake)
         _loaded = path
 
 
@@ -74,10 +75,20 @@ def fakes() -> dict[str, Callable[..., Any]]:
 
 
 def op(name: str) -> Callable[..., Any]:
-    """The compiled op lightvlm::name."""
+    """The compiled op lightvlm::name.
+
+    Raises:
+        ImportError: the library is missing, does not load, or was built before this op was added.
+    """
     if _loaded is None:
         load()
-    return getattr(getattr(torch.ops, _namespace), name).default  # type: ignore[no-any-return]
+    packet = getattr(getattr(torch.ops, _namespace), name, None)
+    if packet is None:
+        raise ImportError(
+            f"lightvlm_ext: the library {_loaded} has no op {_namespace}::{name}: it is older than this "
+            "package; rebuild it with `pip install --no-build-isolation .` (or `-e .`)"
+        )
+    return packet.default  # type: ignore[no-any-return]
 
 
 def is_emulated() -> bool:

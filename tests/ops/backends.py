@@ -9,11 +9,8 @@ A Backend has every function of `lightvlm_ext.ops`, with the same signature. CPU
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,33 +19,19 @@ import torch
 
 import lightvlm_ext
 from lightvlm_ext import _library
+from tests.emulation.build import build
 
-ROOT = Path(__file__).resolve().parents[2]
 EMULATED_NAMESPACE = "lightvlm_emulated"
 
 
 @functools.cache
 def emulation_library() -> Path:
-    """Path of the emulation library; built on the first call, in build/emulation.
+    """Path of the emulation library; brought up to date on the first call.
 
     LIGHTVLM_EMULATION_LIBRARY names one that is built already.
     """
     override = os.environ.get("LIGHTVLM_EMULATION_LIBRARY")
-    if override:
-        return Path(override)
-    build = ROOT / "build" / "emulation"
-    build.mkdir(parents=True, exist_ok=True)
-    with (build / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-        configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-        configure += ["-DLIGHTVLM_NATIVE=OFF", "-DLIGHTVLM_EMULATION=ON"]
-        jobs = os.environ.get("MAX_JOBS", "2")
-        for command in (configure, ["cmake", "--build", str(build), "-j", jobs]):
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
-    return build / "lightvlm_emulation.so"
+    return Path(override) if override else build()
 
 
 @functools.cache

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops.backends import EMULATED_NAMESPACE, load_emulation
 
 import lightvlm_ext
 from lightvlm_ext import _errors, _library, ops, reference
+from tests.emulation.build import Control
+from tests.ops.backends import EMULATED, EMULATED_NAMESPACE, emulation_library, load_emulation
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc" / "library.cpp").read_text())
@@ -46,6 +47,14 @@ def test_every_op_is_built() -> None:
             assert (ROOT / "csrc" / room / f"{op}{suffix}").exists()
 
 
+def test_emulated_ops_run_the_kernels() -> None:
+    load_emulation()
+    control = Control(emulation_library())
+    before = control.launch_count("select")
+    EMULATED.select(torch.rand(1, 4), keep=2)
+    assert control.launch_count("select") == before + 1
+
+
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_reference_has_the_signature_of_the_op(name: str) -> None:
     wrapper, twin = getattr(ops, name), getattr(reference, name)
@@ -77,6 +86,11 @@ def test_keep_counts() -> None:
         lightvlm_ext.keep_counts(-1, [0.5])
     with pytest.raises(ValueError, match=r"fractions\[1\]: got 1.5"):
         lightvlm_ext.keep_counts(3, [0.5, 1.5])
+
+
+def test_a_library_without_the_op_is_named() -> None:
+    with pytest.raises(ImportError, match="has no op lightvlm::no_such_op: .* rebuild it"):
+        _library.op("no_such_op")
 
 
 def test_a_device_without_kernels_is_named() -> None:

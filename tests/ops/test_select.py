@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ops.backends import BACKENDS, CPU, EMULATED, NATIVE, REFERENCE, Backend
 
 import lightvlm_ext
 from lightvlm_ext import ops
 from lightvlm_ext.ops import Selection
+from tests.ops.backends import BACKENDS, CPU, EMULATED, NATIVE, REFERENCE, Backend
 
 INF, NAN = math.inf, math.nan
 every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
