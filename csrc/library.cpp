@@ -14,6 +14,12 @@ STABLE_TORCH_LIBRARY(lightvlm, m) {
         "select(Tensor scores, Tensor? forced, Tensor? candidates, Tensor? segment, Tensor? keep, "
         "int keep_each, float mass, Tensor(a!) index, Tensor(b!) count, Tensor(c!) inverse, "
         "Tensor(d!)? error) -> ()");
+    m.def(
+        "gather_tokens(Tensor[] x, Tensor index, Tensor count, bool right, Tensor(a!)[] out, "
+        "Tensor(b!)? error) -> ()");
+    m.def(
+        "compact_kv_(Tensor(a!)[] caches, int[] layer, int[] token_dim, Tensor[] index, "
+        "Tensor[] count, Tensor(b!)? error) -> ()");
 }
 
 #if !defined(LIGHTVLM_EMULATION)

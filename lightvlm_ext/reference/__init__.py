@@ -6,7 +6,9 @@ Written to be read and to be right, not to be fast. They need no compiled librar
 from __future__ import annotations
 
 from .._types import Selection
+from .compact_kv import compact_kv_
+from .gather_tokens import gather_tokens
 from .select import select
 from .select_diverse import select_diverse
 
-__all__ = ["Selection", "select", "select_diverse"]
+__all__ = ["Selection", "compact_kv_", "gather_tokens", "select", "select_diverse"]
