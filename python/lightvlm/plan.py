@@ -57,7 +57,7 @@ def _freeze(value: Any) -> Any:
 def _part_from_dict(slot: str, data: Any) -> Part | None:
     if data is None:
         return None
-    if not isinstance(data, dict) or "kind" not in data:
+    if not isinstance(data, dict) or not isinstance(data.get("kind"), str):
         raise ValueError(f"{slot} must be null or an object with a 'kind', got {data!r}")
     options = dict(data)
     kind = options.pop("kind")
@@ -109,7 +109,8 @@ class Plan:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            ValueError: not JSON, another schema version, an unknown part, an unknown or bad option.
+            ValueError: not JSON, another schema version, an unknown part or option, an option out of range.
+            TypeError: an option of the wrong type.
         """
         from . import methods as _methods  # noqa: F401  registers the built-in parts
 
@@ -142,9 +143,15 @@ def check_options(part: Part) -> None:
         if value is None and type(None) in typing.get_args(hints[field.name]):
             continue
         expected = _plain_types(hints[field.name])
-        if (isinstance(value, bool) and bool not in expected) or not isinstance(value, expected):
+        if not _is_one_of(value, expected):
             names = " or ".join(kind.__name__ for kind in expected)
             raise TypeError(f"{field.name} must be {names}, got {value!r}")
+        if isinstance(value, tuple):
+            items = _item_types(hints[field.name])
+            for item in value:
+                if not _is_one_of(item, items):
+                    names = " or ".join(kind.__name__ for kind in items)
+                    raise TypeError(f"{field.name} must hold {names} only, got {value!r}")
         choices = field.metadata.get("choices")
         if choices is not None and value not in choices:
             raise ValueError(f"{field.name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -153,6 +160,18 @@ def check_options(part: Part) -> None:
             raise ValueError(f"{field.name} must be at least {low}, got {value!r}")
         if high is not None and isinstance(value, int | float) and not value <= high:
             raise ValueError(f"{field.name} must be at most {high}, got {value!r}")
+
+
+def _is_one_of(value: Any, kinds: tuple[type, ...]) -> bool:
+    """isinstance, except that True and False are no numbers."""
+    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+def _item_types(hint: Any) -> tuple[type, ...]:
+    """The classes of the items of a ``tuple[int, ...] | None``."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    items = next(typing.get_args(option)[0] for option in options if typing.get_origin(option) is tuple)
+    return _plain_types(items)
 
 
 def _plain_types(hint: Any) -> tuple[type, ...]:

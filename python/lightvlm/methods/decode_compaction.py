@@ -33,16 +33,11 @@ class DecodeCompaction(CachePart):
     interval: int = option(64, "compact every so many generated tokens", low=1)
     sinks: int = option(4, "first tokens of a row that always stay", low=0)
     recent: int = option(64, "last tokens of a row that always stay", low=1)
-    rows: int = option(16, "query rows that score, the last ones", low=1)
+    rows: int = option(16, "query rows that score: the last ones, as far as they are generated tokens", low=1)
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_options(self)
-        if self.rows > self.interval or self.rows > self.recent:
-            raise ValueError(
-                f"rows must not exceed interval ({self.interval}) or recent ({self.recent}): the scoring queries are "
-                f"generated tokens that are still cached; got {self.rows}"
-            )
 
     def budget(self, logical: int) -> int:
         """Tokens of a row that may stay when ``logical`` tokens have been seen."""
@@ -54,7 +49,8 @@ class DecodeCompaction(CachePart):
             min(end - start, self.budget(layer.seen - pad))
             for start, end, pad in zip(starts, ends, leftpad, strict=True)
         ]
-        queries = layer.recent_queries()
+        # The queries' tokens must be the last that are stored, and beyond the recent window some may be gone.
+        queries = layer.recent_queries()[:, -self.recent :]
         if queries.shape[1] == 0 or all(
             count == end - start for count, start, end in zip(kept, starts, ends, strict=True)
         ):

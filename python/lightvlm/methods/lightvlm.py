@@ -99,6 +99,7 @@ def LightVLM(
     decode_interval: int = 64,
     decode_sinks: int = 4,
     decode_recent: int = 64,
+    decode_rows: int = 16,
     **options: object,
 ) -> Plan:
     """LightVLM's plan: image tokens merged in a pyramid at prefill, the KV cache compacted while decoding.
@@ -106,7 +107,7 @@ def LightVLM(
     Args:
         keep: final tokens of each image over its original tokens, in (0, 1]; 1 keeps all.
         decode_keep: share of the sequence that the cache holds after each compaction; None: never compact.
-        decode_interval, decode_sinks, decode_recent: see :class:`DecodeCompaction`.
+        decode_interval, decode_sinks, decode_recent, decode_rows: see :class:`DecodeCompaction`.
         options: see :class:`LightVLMPrefill`.
 
     Raises:
@@ -115,5 +116,5 @@ def LightVLM(
     prefill = LightVLMPrefill(keep=keep, **options)  # type: ignore[arg-type]
     cache = None
     if decode_keep is not None and decode_keep != 1:
-        cache = DecodeCompaction(decode_keep, decode_interval, decode_sinks, decode_recent)
+        cache = DecodeCompaction(decode_keep, decode_interval, decode_sinks, decode_recent, decode_rows)
     return Plan(prefill=prefill, cache=cache)

@@ -1,0 +1,51 @@
+"""Fixtures of the Python layer's tests: tiny models, built once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from python.tiny import LLAVA, QWEN, Family
+
+
+@pytest.fixture(scope="session")
+def _models() -> dict[tuple[str, torch.dtype], Any]:
+    return {}
+
+
+@pytest.fixture(params=[LLAVA, QWEN], ids=lambda family: family.name)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
+@pytest.fixture
+def model(family: Family, _models: dict[Any, Any]) -> Iterator[Any]:
+    """A tiny fp32 model of each family."""
+    yield from _shared(family, torch.float32, _models)
+
+
+@pytest.fixture
+def llava(_models: dict[Any, Any]) -> Iterator[Any]:
+    yield from _shared(LLAVA, torch.float32, _models)
+
+
+@pytest.fixture
+def qwen(_models: dict[Any, Any]) -> Iterator[Any]:
+    yield from _shared(QWEN, torch.float32, _models)
+
+
+def _shared(family: Family, dtype: torch.dtype, models: dict[Any, Any]) -> Iterator[Any]:
+    """A model that tests share, because each must leave it as it was: checked after every test."""
+    if (family.name, dtype) not in models:
+        models[family.name, dtype] = family.build(dtype)
+    found = models[family.name, dtype]
+    yield found
+    assert found.model.language_model.config._attn_implementation == "sdpa"
+    assert not any(hooks(module) for module in found.modules())
+
+
+def hooks(module: torch.nn.Module) -> int:
+    """Forward hooks of a module."""
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)

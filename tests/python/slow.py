@@ -1,0 +1,288 @@
+"""A second, slow implementation of what lightvlm does to a decoder, written from the documentation alone.
+
+One row at a time, in float64, with explicit loops over tokens and a plain softmax over explicit lists of keys. It shares
+no code with the package: weights come from the model, everything else from here.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from python.tiny import IMAGE_ID
+from torch import Tensor
+
+Selected = list[int]
+
+
+class SlowDecoder:
+    """One row of a batch on its way through a reduced decoder.
+
+    ``options`` are those of LightVLMPrefill (or RandomPrefill, with ``random`` numbers per image index) under their
+    own names; ``decode`` those of DecodeCompaction, or None.
+    """
+
+    def __init__(
+        self, model: Any, prefill: dict[str, Any] | None, decode: dict[str, Any] | None = None
+    ) -> None:
+        self.model = copy.deepcopy(model).double()
+        self.layers = self.model.model.language_model.layers
+        self.prefill, self.decode = prefill, decode
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.queries: list[list[Tensor]] = [[] for _ in self.layers]
+        self.kept: dict[int, list[Selected]] = {}
+        self.seen = self.steps = 0
+        self.next_position = 0
+
+    # -- prompt
+
+    @torch.no_grad()
+    def read(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits (M, V) of every token that is left of a prompt of one row without padding."""
+        ids = inputs["input_ids"][0]
+        hidden, sizes = self._embed(inputs)
+        segment = _segments(ids, sizes)
+        within = [segment[:i].count(segment[i]) if segment[i] >= 0 else -1 for i in range(len(segment))]
+        positions = self._positions(inputs)
+        self.seen, self.next_position = len(ids), int(positions.max()) + 1
+        stages = dict(self.prefill["stages"]) if self.prefill and sizes else {}
+        scores = None
+        for index, layer in enumerate(self.layers):
+            if index in stages:
+                hidden, left = self._reduce(hidden, segment, within, sizes, scores, stages[index])
+                segment = [segment[i] for i in left]
+                within = [within[i] for i in left]
+                positions = positions[..., left]
+                self.kept[index] = [
+                    [within[i] for i in range(len(segment)) if segment[i] == image]
+                    for image in range(len(sizes))
+                ]
+            query, key, value = self._project(layer, hidden, positions)
+            self.keys.append(key)
+            self.values.append(value)
+            weights = _weights(query, key, layer.self_attn.scaling)
+            if index + 1 in stages:
+                scores = self._score(weights, segment)
+            hidden = _finish(layer, hidden, weights, value)
+        return self._logits(hidden)
+
+    def _embed(self, inputs: dict[str, Tensor]) -> tuple[Tensor, list[int]]:
+        """Embeddings (S, C) with image features in the place of placeholders, and tokens of each image."""
+        ids = inputs["input_ids"][0]
+        hidden = self.model.get_input_embeddings()(ids).clone()
+        if "pixel_values" not in inputs:
+            return hidden, []
+        pixels = {key: inputs[key] for key in ("pixel_values", "image_grid_thw") if key in inputs}
+        pixels["pixel_values"] = pixels["pixel_values"].double()
+        features = self.model.model.get_image_features(**pixels)
+        images = list(getattr(features, "pooler_output", features))
+        hidden[ids == IMAGE_ID] = torch.cat(images)
+        return hidden, [len(image) for image in images]
+
+    def _positions(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Positions (S,), or (3, S) for M-RoPE."""
+        ids = inputs["input_ids"]
+        if "mm_token_type_ids" not in inputs:
+            return torch.arange(ids.shape[1])
+        if "image_grid_thw" not in inputs:
+            return torch.arange(ids.shape[1]).expand(3, -1)
+        positions, _ = self.model.model.get_rope_index(
+            ids, image_grid_thw=inputs["image_grid_thw"], mm_token_type_ids=inputs["mm_token_type_ids"]
+        )
+        return positions[:, 0]
+
+    def _score(self, weights: Tensor, segment: Sequence[int]) -> Tensor:
+        """Scores (S,) from attention weights (H, S, S) of the layer before a stage."""
+        assert self.prefill is not None
+        size = len(segment)
+        rows = [size - 1]
+        if self.prefill.get("probe_rows", "text") == "text":
+            first = min(i for i in range(size) if segment[i] >= 0)
+            text = [i for i in range(first, size) if segment[i] < 0]
+            rows = text[-self.prefill.get("probe_limit", 64) :] or rows
+        scores = torch.zeros(size, dtype=torch.float64)
+        for token in range(size):
+            seen = [row for row in rows if row >= token]
+            if not seen:
+                continue
+            head_scores = []
+            for head in range(weights.shape[0]):
+                received = [float(weights[head, row, token]) for row in seen]
+                worst = self.prefill.get("over_rows", "mean") == "max"
+                head_scores.append(max(received) if worst else sum(received) / len(received))
+            worst = self.prefill.get("over_heads", "mean") == "max"
+            scores[token] = max(head_scores) if worst else sum(head_scores) / len(head_scores)
+        return scores
+
+    def _reduce(
+        self,
+        hidden: Tensor,
+        segment: list[int],
+        within: list[int],
+        sizes: list[int],
+        scores: Tensor | None,
+        keep: float,
+    ) -> tuple[Tensor, list[int]]:
+        """Hidden states of the tokens that stay, and which they are."""
+        assert self.prefill is not None
+        if self.prefill["kind"] == "random":
+            scores = torch.tensor([self.prefill["random"][i] if i >= 0 else 0.0 for i in within]).double()
+        assert scores is not None
+        out = hidden.clone()
+        left = [i for i in range(len(segment)) if segment[i] < 0]
+        for image, size in enumerate(sizes):
+            tokens = [i for i in range(len(segment)) if segment[i] == image]
+            budget = min(len(tokens), max(1, math.floor(keep * size + 0.5)))
+            chosen = self._choose(tokens, scores, hidden, budget)
+            left += chosen
+            self._merge(out, hidden, scores, chosen, [i for i in tokens if i not in chosen])
+        left.sort()
+        return out[left], left
+
+    def _choose(self, tokens: list[int], scores: Tensor, hidden: Tensor, budget: int) -> list[int]:
+        assert self.prefill is not None
+        if self.prefill["kind"] == "random" or self.prefill.get("selection", "diverse") == "top":
+            return sorted(sorted(tokens, key=lambda i: (-float(scores[i]), i))[:budget])
+        strength = self.prefill.get("strength", 1.0)
+        chosen: list[int] = []
+        while len(chosen) < budget:
+            best, best_worth = -1, -math.inf
+            for i in tokens:
+                if i in chosen:
+                    continue
+                near = max([0.0, *(_cosine(hidden[i], hidden[j]) for j in chosen)])
+                worth = max(float(scores[i]), 0.0) * (1 - strength * near)
+                if worth > best_worth:
+                    best, best_worth = i, worth
+            chosen.append(best)
+        return sorted(chosen)
+
+    def _merge(
+        self, out: Tensor, hidden: Tensor, scores: Tensor, kept: list[int], dropped: list[int]
+    ) -> None:
+        assert self.prefill is not None
+        how = self.prefill.get("merge", "drop" if self.prefill["kind"] == "random" else "uniform")
+        if how == "drop":
+            return
+        weight = [max(float(s), 0.0) if how == "score" else 1.0 for s in scores]
+        sums = {i: (weight[i] * hidden[i], weight[i]) for i in kept}
+        for i in dropped:
+            likeness = [_cosine(hidden[i], hidden[j]) for j in kept]
+            j = kept[likeness.index(max(likeness))]
+            value, total = sums[j]
+            sums[j] = (value + weight[i] * hidden[i], total + weight[i])
+        for j, (value, total) in sums.items():
+            if total > 0:
+                out[j] = value / total
+
+    # -- one more token
+
+    @torch.no_grad()
+    def step(self, token: int) -> Tensor:
+        """Logits (V,) after one more token; compacts the stored keys when it is time."""
+        hidden = self.model.get_input_embeddings()(torch.tensor([token]))
+        position = torch.tensor([self.next_position])
+        self.next_position += 1
+        self.seen += 1
+        for index, layer in enumerate(self.layers):
+            query, key, value = self._project(layer, hidden, position)
+            self.keys[index] = torch.cat([self.keys[index], key], dim=1)
+            self.values[index] = torch.cat([self.values[index], value], dim=1)
+            self.queries[index].append(query[:, 0])
+            weights = _weights(query, self.keys[index], layer.self_attn.scaling)
+            hidden = _finish(layer, hidden, weights, self.values[index])
+        logits = self._logits(hidden)[0]
+        self.steps += 1
+        if self.decode is not None and self.steps == self.decode["interval"]:
+            self.steps = 0
+            for index in range(len(self.layers)):
+                self._compact(index)
+        return logits
+
+    def _compact(self, index: int) -> None:
+        assert self.decode is not None
+        options, keys = self.decode, self.keys[index]
+        stored = keys.shape[1]
+        always = options["sinks"] + options["recent"]
+        budget = max(always, int(options["keep"] * self.seen + 0.5))
+        if stored <= budget:
+            return
+        scores = torch.zeros(stored, dtype=torch.float64)
+        queries = self.queries[index][-options["rows"] :]
+        scale = self.layers[index].self_attn.scaling
+        for back, query in enumerate(reversed(queries)):
+            visible = stored - back
+            weights = _weights(query[:, None], keys[:, :visible], scale)
+            scores[:visible] += weights[:, 0].mean(dim=0)
+        forced = {*range(options["sinks"]), *range(stored - options["recent"], stored)}
+        free = sorted((i for i in range(stored) if i not in forced), key=lambda i: (-float(scores[i]), i))
+        left = sorted(forced | set(free[: budget - len(forced)]))
+        self.keys[index], self.values[index] = keys[:, left], self.values[index][:, left]
+
+    # -- one layer
+
+    def _project(self, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (Hq, S, D), rotated keys and values (Hkv, S, D)."""
+        attention = layer.self_attn
+        x = layer.input_layernorm(hidden)
+        split = [p(x).reshape(len(x), -1, attention.head_dim) for p in _projections(attention)]
+        query, key, value = (part.transpose(0, 1) for part in split)
+        angles = self._angles(positions)
+        return _rotate(query, angles), _rotate(key, angles), value
+
+    def _angles(self, positions: Tensor) -> Tensor:
+        """(S, D/2) rotary angles; with M-RoPE each band of frequencies follows its own axis."""
+        rotary = self.model.model.language_model.rotary_emb
+        frequency = rotary.inv_freq.double()
+        if positions.dim() == 1:
+            return positions[:, None].double() * frequency
+        sections = self.model.model.language_model.config.rope_parameters["mrope_section"]
+        axis = [number for number, width in enumerate(sections) for _ in range(width)]
+        return positions[axis].double().T * frequency
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.lm_head(self.model.model.language_model.norm(hidden))
+
+
+def _segments(ids: Tensor, sizes: list[int]) -> list[int]:
+    """Image number of each token, -1 for text."""
+    numbers = [image for image, size in enumerate(sizes) for _ in range(size)]
+    pending = iter(numbers)
+    return [next(pending) if token == IMAGE_ID and numbers else -1 for token in ids.tolist()]
+
+
+def _projections(attention: Any) -> tuple[Any, Any, Any]:
+    return attention.q_proj, attention.k_proj, attention.v_proj
+
+
+def _rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + D/2) of (H, S, D) by (S, D/2) angles."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Causal attention weights (Hq, S, N) of the last S tokens over N keys."""
+    groups = query.shape[0] // key.shape[0]
+    new, stored = query.shape[1], key.shape[1]
+    logits = torch.stack([query[h] @ key[h // groups].T for h in range(query.shape[0])]) * scale
+    hidden = torch.arange(stored)[None] > torch.arange(stored - new, stored)[:, None]
+    return logits.masked_fill(hidden, -math.inf).softmax(-1)
+
+
+def _finish(layer: Any, hidden: Tensor, weights: Tensor, value: Tensor) -> Tensor:
+    """The rest of a layer after its attention weights."""
+    groups = weights.shape[0] // value.shape[0]
+    heads = [weights[h] @ value[h // groups] for h in range(weights.shape[0])]
+    hidden = hidden + layer.self_attn.o_proj(torch.stack(heads, dim=1).flatten(1))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    length = float(a.norm() * b.norm())
+    return float(a @ b) / length if length > 0 else 0.0

@@ -1,0 +1,201 @@
+"""Tiny random VLMs and batches for them: a LLaVA with a Llama decoder (GQA), and a Qwen2.5-VL with M-RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IMAGE_ID, VIDEO_ID, VOCABULARY = 60, 61, 64
+DEPTH = 5
+_SPREAD = 0.25
+"""Standard deviation of the weights. Wide enough that attention is far from uniform and tokens differ."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture of noise of height x width tokens; LLaVA's are always 4 x 4."""
+
+    seed: int
+    height: int = 4
+    width: int = 4
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+
+Row = Sequence[int | Image]
+"""A prompt: text tokens and images, in reading order."""
+
+
+class Family:
+    """How to build a model of a family, and what its inputs look like."""
+
+    name: str
+
+    def build(
+        self, dtype: torch.dtype = torch.float32, attention: str | None = None, **decoder: Any
+    ) -> nn.Module:
+        """A model in eval mode whose generate() never stops early. ``decoder``: options of the text decoder."""
+        torch.manual_seed(3)
+        model = self.make(decoder)
+        # Built in fp32 and then cast, so that every dtype has the same weights.
+        model = model.to(dtype).eval()
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
+        return model
+
+    def make(self, decoder: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def pixels(self, images: Sequence[Image], dtype: torch.dtype) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def batch(
+        self, rows: Sequence[Row], dtype: torch.dtype = torch.float32, left: bool = True
+    ) -> dict[str, Tensor]:
+        """Inputs of a batch; shorter rows are padded, on the left unless told otherwise."""
+        lists = [[token for item in row for token in _tokens(item)] for row in rows]
+        length = max(map(len, lists))
+        ids, mask = [], []
+        for tokens in lists:
+            pad = [0] * (length - len(tokens))
+            ids.append(pad + tokens if left else tokens + pad)
+            mask.append(pad + [1] * len(tokens) if left else [1] * len(tokens) + pad)
+        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        images = [item for row in rows for item in row if isinstance(item, Image)]
+        return inputs | (self.pixels(images, dtype) if images else {})
+
+
+class Llava(Family):
+    """LlavaForConditionalGeneration."""
+
+    name = "llava"
+
+    def make(self, decoder: dict[str, Any]) -> Any:
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+        vision = CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=4,
+            initializer_range=_SPREAD,
+        )
+        options = dict(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=DEPTH,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=512,
+            initializer_range=_SPREAD,
+        )
+        text = decoder.pop("config", None) or LlamaConfig(**options | decoder)
+        config = LlavaConfig(
+            vision_config=vision, text_config=text, image_token_id=IMAGE_ID, vision_feature_layer=-1
+        )
+        return LlavaForConditionalGeneration(config)
+
+    def pixels(self, images: Sequence[Image], dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"pixel_values": torch.stack([_noise(image, 3, 16, 16) for image in images]).to(dtype)}
+
+
+class Qwen(Family):
+    """Qwen2_5_VLForConditionalGeneration: images of any size."""
+
+    name = "qwen"
+
+    def make(self, decoder: dict[str, Any]) -> Any:
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+        vision = dict(
+            depth=1,
+            hidden_size=16,
+            intermediate_size=16,
+            num_heads=2,
+            patch_size=4,
+            spatial_merge_size=2,
+            out_hidden_size=32,
+            fullatt_block_indexes=[0],
+            window_size=16,
+            initializer_range=_SPREAD,
+        )
+        text = dict(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=DEPTH,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=512,
+            initializer_range=_SPREAD,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 2, 1]},
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        config = Qwen2_5_VLConfig(
+            vision_config=vision,
+            text_config=text | decoder,
+            image_token_id=IMAGE_ID,
+            video_token_id=VIDEO_ID,
+            vision_start_token_id=58,
+            vision_end_token_id=59,
+        )
+        return Qwen2_5_VLForConditionalGeneration(config)
+
+    def batch(
+        self, rows: Sequence[Row], dtype: torch.dtype = torch.float32, left: bool = True
+    ) -> dict[str, Tensor]:
+        inputs = super().batch(rows, dtype, left)
+        return inputs | {"mm_token_type_ids": (inputs["input_ids"] == IMAGE_ID).int()}
+
+    def pixels(self, images: Sequence[Image], dtype: torch.dtype) -> dict[str, Tensor]:
+        patches = [_noise(image, 4 * image.tokens, 3 * 2 * 4 * 4) for image in images]
+        grid = torch.tensor([[1, 2 * image.height, 2 * image.width] for image in images])
+        return {"pixel_values": torch.cat(patches).to(dtype), "image_grid_thw": grid}
+
+
+LLAVA, QWEN = Llava(), Qwen()
+
+
+def _tokens(item: int | Image) -> list[int]:
+    return [IMAGE_ID] * item.tokens if isinstance(item, Image) else [item]
+
+
+def _noise(image: Image, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(image.seed))
+
+
+def generate(model: Any, inputs: dict[str, Tensor], tokens: int, **options: Any) -> Tensor:
+    """Newly generated tokens (B, T), greedy unless told otherwise."""
+    options = {"do_sample": False, **options}
+    out = model.generate(**inputs, max_new_tokens=tokens, **options)
+    prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+    return out[:, prompt:]
+
+
+def generate_logits(
+    model: Any, inputs: dict[str, Tensor], tokens: int, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Greedy tokens (B, T), and the logits (B, T, V) that chose them."""
+    out = model.generate(
+        **inputs,
+        max_new_tokens=tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, dim=1)
