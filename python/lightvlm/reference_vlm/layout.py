@@ -52,6 +52,9 @@ def branch_tokens(turns: Sequence[Question]) -> tuple[list[int], list[int]]:
     tokens: list[int] = []
     turn_of: list[int] = []
     for number, question in enumerate(turns):
+        if question.kind == "pairs":
+            words = question.answer.split()
+            return [IDS[word] for word in words], [number if i % 2 else -1 for i in range(len(words))]
         asked = ["user"] * (number > 0) + [*question.prompt.split(), "assistant"]
         answered = [*question.answer.split(), "<eos>"]
         tokens += [IDS[word] for word in asked + answered]

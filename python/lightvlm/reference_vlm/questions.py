@@ -85,6 +85,19 @@ def conversation(scene: Scene, rng: np.random.Generator, turns: int) -> list[Que
     return chosen
 
 
+def pairs(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """Training aids, not asked in conversations: "red 7 cyan 3 ..." and "3 cyan 7 red ...", in random order.
+
+    Every second word is to be predicted from the word before it, its cue. Looking up one word in the image
+    is a single step, which a decoder learns long before the two of a question (find the cue, look it up).
+    """
+    order = [scene.digits[i] for i in rng.permutation(len(scene.digits))]
+    unique = set(_unique(scene))
+    by_colour = [word for d in order for word in (d.colour, str(d.digit))]
+    by_digit = [word for d in order if d in unique for word in (str(d.digit), d.colour)]
+    return [Question("pairs", "", " ".join(words)) for words in (by_colour, by_digit) if words]
+
+
 def score(question: Question, text: str) -> float:
     """Score a generated answer in [0, 1]: 1 for the right words; reading counts digits right by position.
 

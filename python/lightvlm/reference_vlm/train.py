@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .auxiliary import PatchHead, auxiliary_loss, glyph_accuracy
 from .build import GRID, PATCH, build_model, save
 from .layout import PREFIX, Rows, pack
-from .questions import KINDS, Question, conversation, questions
+from .questions import KINDS, Question, conversation, pairs, questions
 from .scenes import Scene, TrainingScenes, make_scenes
 from .targets import pixels
 
@@ -64,12 +64,13 @@ def answer_logits(model: LlavaForConditionalGeneration, tokens: torch.Tensor, ro
 
 
 def draw_conversations(scene: Scene, rng: np.random.Generator) -> list[list[Question]]:
-    """About ten branches: reading, counting, two conversations of up to three turns, single questions."""
+    """About ten branches: reading, counting, pairs, two conversations, single questions."""
     single = questions(scene, rng)
     about_scene = [[q] for q in single if q.kind in ("read", "count")]
     about_digit = [[q] for q in single if q.kind not in ("read", "count")]
     chained = [conversation(scene, rng, 3), conversation(scene, rng, 2)]
-    return about_scene + about_digit[:5] + chained + about_digit[5:]
+    aids = [[question] for question in pairs(scene, rng)]
+    return about_scene + aids + about_digit[:4] + chained + about_digit[4:]
 
 
 def pack_for(conversations: list[list[list[Question]]], device: torch.device, dtype: torch.dtype) -> Rows:
@@ -165,7 +166,7 @@ class Trainer:
                 loss = AUXILIARY_WEIGHT * loss + answer_loss
                 figures["answers"] = answer_loss.item()
                 right = logits.argmax(-1) == targets
-                for kind in KINDS:
+                for kind in (*KINDS, "pairs"):
                     mine = torch.tensor([q.kind == kind for q in rows.owners])[rows.where[2].cpu()]
                     figures[kind] = right.cpu()[mine].float().mean().item()
         self.optimizer.zero_grad(set_to_none=True)
