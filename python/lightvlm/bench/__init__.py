@@ -1,7 +1,7 @@
 """``lightvlm bench KIND``: one module of this package per kind, imported only when it is asked for.
 
 A kind's module has ``add_arguments(parser)`` and ``run(args) -> dict`` (the JSON object of ``lightvlm bench``), and
-may have ``table(result) -> rich.table.Table``; without one, :func:`table` prints the fields that every row has.
+may have ``table(result) -> rich.table.Table``; without one, :func:`show` prints the fields that every row has.
 The command line adds ``--json`` and ``--debug``. Bad values raise ValueError or TypeError naming the argument;
 progress goes to standard error.
 """
@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import importlib
 from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from ..terminal import print_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,13 +46,20 @@ def load(kind: str) -> Benchmark:
     return cast(Benchmark, importlib.import_module(f"{__name__}.{kind}"))
 
 
-def table(kind: str, result: dict[str, Any]) -> Table:
-    """The result as a table: the module's own, or one column for each field that all rows have."""
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the benchmark of ``args.kind``."""
+    return load(args.kind).run(args)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a result as a table: the module's own, or one column for each field that all rows have."""
+    own = getattr(load(result["kind"]), "table", None)
+    print_table(own(result) if own is not None else _shared_columns(result))
+
+
+def _shared_columns(result: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    own = getattr(load(kind), "table", None)
-    if own is not None:
-        return cast(Table, own(result))
     rows = result["rows"]
     shared = [name for name, value in rows[0].items() if not isinstance(value, list | dict)] if rows else []
     names = [name for name in shared if all(name in row for row in rows)]
