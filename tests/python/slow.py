@@ -1,7 +1,7 @@
 """A second, slow implementation of what lightvlm does to a decoder, written from the documentation alone.
 
-One row at a time, in float64, with explicit loops over tokens and a plain softmax over explicit lists of keys. It shares
-no code with the package: weights come from the model, everything else from here.
+One row at a time, in float64, with explicit loops over tokens and a plain softmax over explicit lists of keys.
+It shares no code with the package: weights come from the model, everything else from here.
 """
 
 from __future__ import annotations

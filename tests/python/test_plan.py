@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
-import pytest
-
 import lightvlm
+import pytest
 from lightvlm import Plan
 from lightvlm.methods.decode_compaction import DecodeCompaction
 from lightvlm.methods.lightvlm import LightVLMPrefill
@@ -106,9 +106,8 @@ def test_missing_parts_and_options_take_their_defaults() -> None:
     ],
 )
 def test_bad_json_is_a_value_error(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         Plan.from_json(text)
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +126,8 @@ def test_bad_json_is_a_value_error(text: str, message: str) -> None:
     ],
 )
 def test_wrong_types_in_json(text: str, message: str) -> None:
-    with pytest.raises(TypeError) as error:
-        Plan.from_json('{"schema_version": 1, "prefill": {"kind": "random", %s}}' % text)
-    assert message in str(error.value)
+    with pytest.raises(TypeError, match=re.escape(message)):
+        Plan.from_json('{"schema_version": 1, "prefill": {"kind": "random", ' + text + "}}")
 
 
 @pytest.mark.parametrize(
@@ -156,9 +154,8 @@ def test_wrong_types_in_json(text: str, message: str) -> None:
     ],
 )
 def test_out_of_range_options_of_lightvlm(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         lightvlm.LightVLM(**options)
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -176,9 +173,8 @@ def test_out_of_range_options_of_lightvlm(options: dict[str, Any], message: str)
     ],
 )
 def test_wrong_types_of_lightvlm(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(TypeError) as error:
+    with pytest.raises(TypeError, match=re.escape(message)):
         lightvlm.LightVLM(**options)
-    assert message in str(error.value)
 
 
 def test_parts_go_into_their_own_slot() -> None:

@@ -90,17 +90,17 @@ class Llava(Family):
             patch_size=4,
             initializer_range=_SPREAD,
         )
-        options = dict(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=DEPTH,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            vocab_size=VOCABULARY,
-            max_position_embeddings=512,
-            initializer_range=_SPREAD,
-        )
+        options = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": DEPTH,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 512,
+            "initializer_range": _SPREAD,
+        }
         text = decoder.pop("config", None) or LlamaConfig(**options | decoder)
         config = LlavaConfig(
             vision_config=vision, text_config=text, image_token_id=IMAGE_ID, vision_feature_layer=-1
@@ -119,32 +119,32 @@ class Qwen(Family):
     def make(self, decoder: dict[str, Any]) -> Any:
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-        vision = dict(
-            depth=1,
-            hidden_size=16,
-            intermediate_size=16,
-            num_heads=2,
-            patch_size=4,
-            spatial_merge_size=2,
-            out_hidden_size=32,
-            fullatt_block_indexes=[0],
-            window_size=16,
-            initializer_range=_SPREAD,
-        )
-        text = dict(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=DEPTH,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=VOCABULARY,
-            max_position_embeddings=512,
-            initializer_range=_SPREAD,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 2, 1]},
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+        vision = {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [0],
+            "window_size": 16,
+            "initializer_range": _SPREAD,
+        }
+        text = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": DEPTH,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 512,
+            "initializer_range": _SPREAD,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 2, 1]},
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        }
         config = Qwen2_5_VLConfig(
             vision_config=vision,
             text_config=text | decoder,
