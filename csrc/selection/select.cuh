@@ -13,10 +13,7 @@
 //           and 8 B written a token.
 #pragma once
 
-#include "common/block.cuh"
-#include "common/device_error.cuh"
-#include "common/launch.h"
-#include "selection/score_order.h"
+#include "selection/rows.cuh"
 #include "selection/select.h"
 
 namespace lightvlm {
@@ -27,10 +24,9 @@ constexpr int kSelectDigits = 1 << kSelectDigitBits;
 template <int kThreads>
 struct SelectShared {
     unsigned long long masses[kSelectDigits];
-    unsigned long long wide[kThreads / kWarpThreads];
-    long long positions[kThreads / kWarpThreads];
+    unsigned long long sums[kThreads / kWarpThreads];
     uint32_t counts[kSelectDigits];
-    uint32_t narrow[kThreads / kWarpThreads];
+    RowScratch<kThreads> row;
     // The digit at which the budget is reached: written by the thread that owns it.
     unsigned long long above;  // what the higher digits hold of the budget
     unsigned long long digit_mass;
@@ -38,27 +34,13 @@ struct SelectShared {
     uint32_t digit;
 };
 
-// The row of a block, narrowed to one segment.
-struct SelectRow {
-    const float* scores;
-    const bool* forced;
-    const bool* candidates;
-    const int32_t* segment;
-    int32_t* inverse;
-    int32_t segment_id;
-    int64_t begin;  // the segment's tokens lie in [begin, end)
-    int64_t end;
-    bool by_mass;
-
-    // kKeyNone where the token may not be chosen.
-    __device__ __forceinline__ uint32_t key(int64_t i) const {
-        if (segment != nullptr && segment[i] != segment_id) return kKeyNone;
-        if (forced != nullptr && forced[i]) return kKeyNone;
-        if (candidates != nullptr && !candidates[i]) return kKeyNone;
-        const uint32_t key = score_key(scores[i]);
-        return by_mass && key == kKeyInfinity ? kKeyNone : key;
-    }
-};
+// kKeyNone where the token may not be chosen.
+__device__ __forceinline__ uint32_t candidate_key(const SelectionRow& row, int64_t i,
+                                                  bool by_mass) {
+    if (!row.is_candidate(i)) return kKeyNone;
+    const uint32_t key = score_key(row.scores[i]);
+    return by_mass && key == kKeyInfinity ? kKeyNone : key;
+}
 
 struct SelectThreshold {
     uint32_t key = 0xffffffffu;
@@ -68,13 +50,14 @@ struct SelectThreshold {
 
 // The key at which `keep` tokens, or the mass, are reached. highest: highest score of the segment.
 template <int kThreads>
-__device__ SelectThreshold find_threshold(const SelectRow& row, SelectShared<kThreads>& shared,
+__device__ SelectThreshold find_threshold(const SelectionRow& row, SelectShared<kThreads>& shared,
                                           unsigned long long keep, double mass, double highest) {
     constexpr int kOwnDigits = kSelectDigits / kThreads;
     static_assert(kOwnDigits * kThreads == kSelectDigits, "each thread owns whole digits");
 
     SelectThreshold threshold;
-    bool by_mass = row.by_mass;
+    bool by_mass = mass > 0.0;
+    const bool finite_only = by_mass;
     unsigned long long wanted = keep;
     uint32_t prefix = 0;
     int shift = 32;
@@ -89,7 +72,7 @@ __device__ SelectThreshold find_threshold(const SelectRow& row, SelectShared<kTh
         }
         __syncthreads();
         for (int64_t i = row.begin + threadIdx.x; i < row.end; i += kThreads) {
-            const uint32_t key = row.key(i);
+            const uint32_t key = candidate_key(row, i, finite_only);
             // A shift by 32 is undefined, so the first round, where all match, is named.
             if (key == kKeyNone || (prefix_shift < 32 && (key >> prefix_shift) != prefix)) continue;
             const uint32_t digit = (key >> shift) & digit_mask;
@@ -111,12 +94,12 @@ __device__ SelectThreshold find_threshold(const SelectRow& row, SelectShared<kTh
         }
         unsigned long long total_count;
         unsigned long long before =
-            block_exclusive_sum<kThreads>(own_count, shared.wide, &total_count);
+            block_exclusive_sum<kThreads>(own_count, shared.sums, &total_count);
         if (total_count == 0) return threshold;
         if (by_mass) {
             unsigned long long total_mass;
             const unsigned long long mass_before =
-                block_exclusive_sum<kThreads>(own_mass, shared.wide, &total_mass);
+                block_exclusive_sum<kThreads>(own_mass, shared.sums, &total_mass);
             if (prefix_shift == 32) {
                 wanted = mass_target(mass, total_mass);
                 // Nothing weighs anything: one token, the highest, stands for the segment.
@@ -161,91 +144,41 @@ __device__ SelectThreshold find_threshold(const SelectRow& row, SelectShared<kTh
 
 // The highest finite positive score of the segment, 0 if there is none.
 template <int kThreads>
-__device__ float highest_score(SelectRow row, SelectShared<kThreads>& shared, int32_t* error) {
+__device__ float highest_score(const SelectionRow& row, SelectShared<kThreads>& shared,
+                               int32_t* error) {
     uint32_t highest = kKeyZero;
-    row.by_mass = false;  // see the infinities
     for (int64_t i = row.begin + threadIdx.x; i < row.end; i += kThreads) {
-        const uint32_t key = row.key(i);
+        const uint32_t key = candidate_key(row, i, false);
         if (key == kKeyInfinity) {
             report_device_error(error, kErrorInfiniteScore);
         } else if (key > highest) {
             highest = key;
         }
     }
-    highest = block_reduce<kThreads>(highest, shared.narrow,
+    highest = block_reduce<kThreads>(highest, shared.row.words,
                                      [](uint32_t a, uint32_t b) { return a > b ? a : b; });
     return positive_key_score(highest);
 }
 
 template <int kThreads>
-__device__ void mark_kept(const SelectRow& row, SelectShared<kThreads>& shared,
-                          const SelectThreshold& threshold) {
+__device__ void mark_kept(const SelectionRow& row, SelectShared<kThreads>& shared,
+                          const SelectThreshold& threshold, bool by_mass) {
     if (threshold.ties_kept == threshold.ties) {
         if (threshold.ties == 0) return;
         for (int64_t i = row.begin + threadIdx.x; i < row.end; i += kThreads) {
-            if (row.key(i) >= threshold.key) row.inverse[i] = 0;
+            if (candidate_key(row, i, by_mass) >= threshold.key) row.inverse[i] = 0;
         }
         return;
     }
     uint32_t ties_before = 0;
     for (int64_t tile = row.begin; tile < row.end; tile += kThreads) {
         const int64_t i = tile + threadIdx.x;
-        const uint32_t key = i < row.end ? row.key(i) : kKeyNone;
+        const uint32_t key = i < row.end ? candidate_key(row, i, by_mass) : kKeyNone;
         const bool tie = key == threshold.key;
         uint32_t ties;
-        const uint32_t rank = ties_before + block_rank<kThreads>(tie, shared.narrow, &ties);
+        const uint32_t rank = ties_before + block_rank<kThreads>(tie, shared.row.words, &ties);
         if (key > threshold.key || (tie && rank < threshold.ties_kept)) row.inverse[i] = 0;
         ties_before += ties;
-    }
-}
-
-template <int kThreads>
-__device__ void select_segment(const SelectParams& params, const SelectRow& row,
-                               SelectShared<kThreads>& shared, int64_t row_index) {
-    double highest = 0.0;
-    unsigned long long keep = 0;
-    if (row.by_mass) {
-        highest = highest_score<kThreads>(row, shared, params.error);
-    } else {
-        int64_t budget = params.keep_each;
-        if (params.keep != nullptr) {
-            budget = params.keep[row_index * params.keep_stride +
-                                 (params.keep_per_segment ? row.segment_id : 0)];
-        }
-        if (budget < 0) report_device_error(params.error, kErrorNegativeKeep);
-        if (budget <= 0) return;
-        keep = static_cast<unsigned long long>(budget);
-    }
-    const SelectThreshold threshold =
-        find_threshold<kThreads>(row, shared, keep, params.mass, highest);
-    mark_kept<kThreads>(row, shared, threshold);
-}
-
-// Numbers the marks of the row in token order.
-template <int kThreads>
-__device__ void write_selection(const SelectParams& params, SelectShared<kThreads>& shared,
-                                int64_t row_index, int32_t* inverse) {
-    int32_t* index = params.index + row_index * params.capacity;
-    int64_t kept = 0;
-    for (int64_t tile = 0; tile < params.tokens; tile += kThreads) {
-        const int64_t i = tile + threadIdx.x;
-        const bool keep = i < params.tokens && inverse[i] >= 0;
-        uint32_t kept_here;
-        const int64_t slot = kept + block_rank<kThreads>(keep, shared.narrow, &kept_here);
-        if (keep) {
-            const bool fits = slot < params.capacity;
-            if (fits) index[slot] = static_cast<int32_t>(i);
-            inverse[i] = fits ? static_cast<int32_t>(slot) : -1;
-        }
-        kept += kept_here;
-    }
-    if (kept > params.capacity) {
-        kept = params.capacity;
-        report_device_error(params.error, kErrorCapacity);
-    }
-    if (threadIdx.x == 0) params.count[row_index] = static_cast<int32_t>(kept);
-    for (int64_t slot = kept + threadIdx.x; slot < params.capacity; slot += kThreads) {
-        index[slot] = -1;
     }
 }
 
@@ -253,64 +186,21 @@ template <int kThreads>
 __global__ void __launch_bounds__(kThreads) select_kernel(SelectParams params) {
     auto& shared = *shared_memory<SelectShared<kThreads>>();
     const int64_t row_index = blockIdx.x;
-    const int64_t tokens = params.tokens;
-    const auto lower = [](long long a, long long b) { return a < b ? a : b; };
-    constexpr long long kNoSegment = static_cast<long long>(1) << 32;
-
-    SelectRow row;
-    row.scores = params.scores + row_index * params.scores_stride;
-    row.forced = params.forced ? params.forced + row_index * params.forced_stride : nullptr;
-    row.candidates =
-        params.candidates ? params.candidates + row_index * params.candidates_stride : nullptr;
-    row.segment = params.segment ? params.segment + row_index * params.segment_stride : nullptr;
-    row.inverse = params.inverse + row_index * tokens;
-    row.segment_id = 0;
-    row.begin = 0;
-    row.end = tokens;
-    row.by_mass = params.mass > 0.0;
-
-    const long long segment_limit = params.keep_per_segment ? params.keep_columns : kNoSegment;
-    long long next_segment = kNoSegment;
-    for (int64_t i = threadIdx.x; i < tokens; i += kThreads) {
-        row.inverse[i] = row.forced != nullptr && row.forced[i] ? 0 : -1;
-        if (row.segment == nullptr) continue;
-        const long long id = row.segment[i];
-        if (id >= segment_limit) {
-            report_device_error(params.error, kErrorSegmentRange);
-        } else if (id >= 0) {
-            next_segment = lower(next_segment, id);
+    const bool by_mass = params.mass > 0.0;
+    for_each_segment<kThreads>(params.rows, row_index, shared.row, [&](const SelectionRow& row) {
+        double highest = 0.0;
+        int64_t keep = 0;
+        if (by_mass) {
+            highest = highest_score<kThreads>(row, shared, params.rows.error);
+        } else {
+            keep = segment_budget(params.rows, row);
+            if (keep == 0) return;
         }
-    }
-    __syncthreads();
-
-    if (row.segment == nullptr) {
-        select_segment<kThreads>(params, row, shared, row_index);
-    } else {
-        // Ids may be sparse: each round finds its segment's extent and the next id.
-        next_segment = block_reduce<kThreads>(next_segment, shared.positions, lower);
-        while (next_segment < segment_limit) {
-            const long long id = next_segment;
-            long long first = tokens;
-            long long last_negated = 0;
-            next_segment = kNoSegment;
-            for (int64_t i = threadIdx.x; i < tokens; i += kThreads) {
-                const long long other = row.segment[i];
-                if (other == id) {
-                    first = lower(first, i);
-                    last_negated = -i;
-                } else if (other > id && other < segment_limit) {
-                    next_segment = lower(next_segment, other);
-                }
-            }
-            row.segment_id = static_cast<int32_t>(id);
-            row.begin = block_reduce<kThreads>(first, shared.positions, lower);
-            row.end = 1 - block_reduce<kThreads>(last_negated, shared.positions, lower);
-            next_segment = block_reduce<kThreads>(next_segment, shared.positions, lower);
-            select_segment<kThreads>(params, row, shared, row_index);
-        }
-    }
-    __syncthreads();
-    write_selection<kThreads>(params, shared, row_index, row.inverse);
+        const SelectThreshold threshold =
+            find_threshold<kThreads>(row, shared, keep, params.mass, highest);
+        mark_kept<kThreads>(row, shared, threshold, by_mass);
+    });
+    write_selection<kThreads>(params.rows, row_index, shared.row);
 }
 
 }  // namespace lightvlm

@@ -2,12 +2,11 @@
 // row are vectorised; each round of the search keeps only the tokens of the digit it chose.
 #include <algorithm>
 #include <array>
-#include <cstring>
-#include <unordered_map>
 #include <vector>
 
 #include "common/multiversion.h"
 #include "common/parallel.h"
+#include "selection/rows_cpu.h"
 #include "selection/score_order.h"
 #include "selection/select.h"
 
@@ -185,146 +184,67 @@ void select_among(const uint32_t* keys, int64_t n, int64_t keep, double mass, ui
     }
 }
 
-// The tokens of each segment, segments by ascending id, tokens in order.
-std::vector<std::pair<int32_t, std::vector<int32_t>>> group_by_segment(const int32_t* segment,
-                                                                       int64_t n) {
-    std::vector<std::pair<int32_t, std::vector<int32_t>>> groups;
-    std::unordered_map<int32_t, size_t> group_of;
-    int32_t last_id = -1;
-    size_t last_group = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        const int32_t id = segment[i];
-        if (id < 0) continue;
-        if (id != last_id) {
-            const auto [entry, is_new] = group_of.try_emplace(id, groups.size());
-            if (is_new) groups.emplace_back(id, std::vector<int32_t>());
-            last_id = id;
-            last_group = entry->second;
-        }
-        groups[last_group].second.push_back(static_cast<int32_t>(i));
-    }
-    return groups;
+// False where a candidate is +inf, which has no place in a sum; reported.
+// tokens: position of each key in the row; null: its own.
+bool check_finite(const uint32_t* keys, int64_t n, const int32_t* tokens, CpuRow& row) {
+    if (multiversion<HighestKey>(keys, n) != kKeyInfinity) return true;
+    const int64_t j = std::find(keys, keys + n, kKeyInfinity) - keys;
+    row.report(kErrorInfiniteScore, tokens != nullptr ? tokens[j] : j,
+               static_cast<double>(positive_key_score(kKeyInfinity)));
+    return false;
 }
 
-class RowSelection {
-  public:
-    RowSelection(const SelectParams& params, int64_t row, Scratch& scratch, FirstError& error)
-        : params_(params), row_(row), scratch_(scratch), error_(error) {}
-
-    void run() {
-        const int64_t n = params_.tokens;
-        scratch_.keys.resize(n);
-        scratch_.kept.assign(n, 0);
-        uint32_t* keys = scratch_.keys.data();
-        const float* scores = params_.scores + row_ * params_.scores_stride;
-        multiversion<ScoreKeys>(scores, keys, n);
-        if (params_.candidates != nullptr) {
-            multiversion<ClearKeys>(bytes(params_.candidates, params_.candidates_stride),
-                                    uint8_t{0}, keys, n);
-        }
-        if (params_.forced != nullptr) {
-            const uint8_t* forced = bytes(params_.forced, params_.forced_stride);
-            multiversion<ClearKeys>(forced, uint8_t{1}, keys, n);
-            for (int64_t i = 0; i < n; ++i) scratch_.kept[i] = forced[i] != 0;
-        }
-        const bool chosen = params_.segment == nullptr ? select_whole() : select_segments();
-        if (chosen) write();
+// Marks the chosen of each segment; false where an error was reported.
+bool select_segments(CpuRow& row, double mass, Scratch& scratch) {
+    std::vector<CpuRow::Segment> segments;
+    if (!row.segments(&segments)) return false;
+    for (const auto& [id, tokens] : segments) {
+        int64_t keep = 0;
+        if (mass == 0.0 && !row.budget(id, &keep)) return false;
+        const int64_t n = static_cast<int64_t>(tokens.size());
+        scratch.segment_keys.resize(n);
+        scratch.segment_kept.assign(n, 0);
+        for (int64_t j = 0; j < n; ++j) scratch.segment_keys[j] = scratch.keys[tokens[j]];
+        const uint32_t* keys = scratch.segment_keys.data();
+        if (mass > 0.0 && !check_finite(keys, n, tokens.data(), row)) return false;
+        select_among(keys, n, keep, mass, scratch.segment_kept.data(), scratch);
+        for (int64_t j = 0; j < n; ++j) scratch.kept[tokens[j]] |= scratch.segment_kept[j];
     }
+    return true;
+}
 
-  private:
-    const uint8_t* bytes(const bool* flags, int64_t stride) const {
-        return reinterpret_cast<const uint8_t*>(flags + row_ * stride);
+void select_row(CpuRow row, double mass, Scratch& scratch) {
+    const int64_t n = row.tokens();
+    scratch.keys.resize(n);
+    scratch.kept.assign(n, 0);
+    uint32_t* keys = scratch.keys.data();
+    multiversion<ScoreKeys>(row.scores(), keys, n);
+    if (row.candidates() != nullptr) {
+        multiversion<ClearKeys>(row.candidates(), uint8_t{0}, keys, n);
     }
-
-    bool select_whole() {
-        const int64_t n = params_.tokens;
-        if (!finite(scratch_.keys.data(), n, nullptr)) return false;
-        int64_t keep = params_.keep_each;
-        if (!budget(0, &keep)) return false;
-        select_among(scratch_.keys.data(), n, keep, params_.mass, scratch_.kept.data(), scratch_);
-        return true;
+    if (row.forced() != nullptr) {
+        multiversion<ClearKeys>(row.forced(), uint8_t{1}, keys, n);
+        for (int64_t i = 0; i < n; ++i) scratch.kept[i] = row.forced()[i] != 0;
     }
-
-    bool select_segments() {
-        const int32_t* segment = params_.segment + row_ * params_.segment_stride;
-        for (const auto& [id, tokens] : group_by_segment(segment, params_.tokens)) {
-            if (params_.keep_per_segment && id >= params_.keep_columns) {
-                error_.report(kErrorSegmentRange, row_, tokens.front(), id);
-                return false;
-            }
-            int64_t keep = params_.keep_each;
-            if (!budget(id, &keep)) return false;
-            const int64_t n = static_cast<int64_t>(tokens.size());
-            scratch_.segment_keys.resize(n);
-            scratch_.segment_kept.assign(n, 0);
-            for (int64_t j = 0; j < n; ++j) scratch_.segment_keys[j] = scratch_.keys[tokens[j]];
-            if (!finite(scratch_.segment_keys.data(), n, tokens.data())) return false;
-            select_among(scratch_.segment_keys.data(), n, keep, params_.mass,
-                         scratch_.segment_kept.data(), scratch_);
-            for (int64_t j = 0; j < n; ++j) {
-                scratch_.kept[tokens[j]] |= scratch_.segment_kept[j];
-            }
-        }
-        return true;
+    if (row.has_segments()) {
+        if (!select_segments(row, mass, scratch)) return;
+    } else {
+        int64_t keep = 0;
+        if (mass == 0.0 && !row.budget(0, &keep)) return;
+        if (mass > 0.0 && !check_finite(keys, n, nullptr, row)) return;
+        select_among(keys, n, keep, mass, scratch.kept.data(), scratch);
     }
-
-    // Reads the budget of a segment; false and reported if it is negative.
-    bool budget(int32_t segment_id, int64_t* keep) {
-        if (params_.keep == nullptr || params_.mass > 0.0) return true;
-        const int64_t column = params_.keep_per_segment ? segment_id : 0;
-        *keep = params_.keep[row_ * params_.keep_stride + column];
-        if (*keep >= 0) return true;
-        error_.report(kErrorNegativeKeep, row_, params_.keep_per_segment ? column : -1,
-                      static_cast<double>(*keep));
-        return false;
-    }
-
-    // tokens: position of each key in the row; null: its own.
-    bool finite(const uint32_t* keys, int64_t n, const int32_t* tokens) {
-        if (params_.mass <= 0.0 || multiversion<HighestKey>(keys, n) != kKeyInfinity) return true;
-        const int64_t j = std::find(keys, keys + n, kKeyInfinity) - keys;
-        error_.report(kErrorInfiniteScore, row_, tokens != nullptr ? tokens[j] : j,
-                      static_cast<double>(positive_key_score(kKeyInfinity)));
-        return false;
-    }
-
-    void write() {
-        const int64_t n = params_.tokens;
-        int32_t* inverse = params_.inverse + row_ * n;
-        // One slot more: each token writes its place before it knows whether it has one.
-        scratch_.slots.resize(n + 1);
-        int32_t* slots = scratch_.slots.data();
-        int64_t count = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            const bool kept = scratch_.kept[i] != 0;
-            slots[count] = static_cast<int32_t>(i);
-            inverse[i] = kept ? static_cast<int32_t>(count) : -1;
-            count += kept;
-        }
-        if (count > params_.capacity) {
-            error_.report(kErrorCapacity, row_, -1, static_cast<double>(count));
-            return;
-        }
-        int32_t* index = params_.index + row_ * params_.capacity;
-        std::copy(slots, slots + count, index);
-        std::fill(index + count, index + params_.capacity, -1);
-        params_.count[row_] = static_cast<int32_t>(count);
-    }
-
-    const SelectParams& params_;
-    const int64_t row_;
-    Scratch& scratch_;
-    FirstError& error_;
-};
+    row.write(scratch.kept.data(), scratch.slots);
+}
 
 }  // namespace
 
 Status select_cpu(const SelectParams& params) {
     FirstError error;
-    parallel_items(params.rows, 8 * params.tokens, [&](int64_t begin, int64_t end) {
+    parallel_items(params.rows.rows, 8 * params.rows.tokens, [&](int64_t begin, int64_t end) {
         Scratch scratch;
         for (int64_t row = begin; row < end; ++row) {
-            RowSelection(params, row, scratch, error).run();
+            select_row(CpuRow(params.rows, row, error), params.mass, scratch);
         }
     });
     return error.status();
