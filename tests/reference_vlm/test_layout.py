@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from lightvlm.reference_vlm.build import build_model, build_processor
 from lightvlm.reference_vlm.evaluate import messages
 from lightvlm.reference_vlm.layout import PREFIX, TEXT, branch_tokens, pack

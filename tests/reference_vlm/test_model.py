@@ -7,7 +7,6 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-
 from lightvlm import reference_vlm
 from lightvlm.reference_vlm.evaluate import answer_batch, summarise
 from lightvlm.reference_vlm.layout import pack

@@ -6,7 +6,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-
 from lightvlm.reference_vlm.questions import KINDS, Question, conversation, questions, score
 from lightvlm.reference_vlm.scenes import make_scenes
 

@@ -6,7 +6,6 @@ import builtins
 
 import numpy as np
 import pytest
-
 from lightvlm.reference_vlm import digits
 from lightvlm.reference_vlm.backgrounds import _COLUMNS, make_background
 from lightvlm.reference_vlm.scenes import NAMES, TrainingScenes, make_scenes, place

@@ -109,5 +109,5 @@ def make_background(split: str, rng: np.random.Generator) -> NDArray[np.uint8]:
         pixels = _photograph(rng, split)
     if rng.random() < 0.7:
         pixels = _clutter(pixels, rng)
-    pixels = pixels + rng.normal(0, rng.uniform(0, 10), pixels.shape)
-    return np.clip(pixels, 0, 130).astype(np.uint8)
+    noisy = pixels + rng.normal(0, rng.uniform(0, 10), pixels.shape)
+    return np.clip(noisy, 0, 130).astype(np.uint8)

@@ -29,9 +29,8 @@ IMAGE_TOKENS = GRID * GRID
 MEAN = STD = 0.5
 """Pixel normalisation, the same for the three channels."""
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
-_WORDS = (
-    "user assistant ? which digit is what colour the how many digits are there read all from left to right"
-).split()
+_PROMPTS = "which digit is what colour the how many digits are there read all from left to right"
+_WORDS = ("user", "assistant", "?", *_PROMPTS.split())
 VOCABULARY = (*SPECIAL, *_WORDS, *(str(d) for d in range(10)), *NAMES)
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -116,7 +115,7 @@ def build_config() -> LlavaConfig:
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=ids["<image>"],
+        image_token_index=ids["<image>"],
         vision_feature_select_strategy="default",
         vision_feature_layer=-1,
         image_seq_length=IMAGE_TOKENS,

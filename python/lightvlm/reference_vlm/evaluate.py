@@ -11,7 +11,7 @@ from .questions import KINDS, Question, score
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import LlavaForConditionalGeneration, ProcessorMixin
+    from transformers import ProcessorMixin
 
     from .scenes import Scene
 
@@ -33,13 +33,15 @@ def messages(turns: Sequence[Question | str]) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def answer_batch(
-    model: LlavaForConditionalGeneration,
+    model: Any,
     processor: ProcessorMixin,
     scenes: Sequence[Scene],
     questions: Sequence[Question],
     batch_size: int = 32,
 ) -> tuple[list[str], list[float]]:
     """Ask question i about scene i, greedily, in left-padded batches.
+
+    `model` is the reference VLM, or anything else that has its `generate()`.
 
     Returns:
         The answers as text and their scores in [0, 1] (see `questions.score`).

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .auxiliary import PatchHead, auxiliary_loss, glyph_accuracy
 from .build import GRID, PATCH, build_model, save
-from .layout import PREFIX, Rows, pack
+from .layout import IDS, PREFIX, Rows, pack
 from .questions import KINDS, Question, conversation, pairs, questions
 from .scenes import Scene, TrainingScenes, make_scenes
 from .targets import pixels
@@ -87,10 +87,12 @@ class Trainer:
         self.args = args
         self.device = torch.device(args.device)
         torch.manual_seed(args.seed)
-        self.model = build_model(args.seed).to(self.device)
+        self.model = build_model(args.seed)
+        nn.Module.to(self.model, self.device)
         multiply_patches(self.model)
-        self.head = PatchHead(self.model.config.text_config.hidden_size).to(self.device)
-        tower, decoder = [], []
+        self.head = PatchHead(self.model.lm_head.in_features).to(self.device)
+        tower: list[nn.Parameter] = []
+        decoder: list[nn.Parameter] = []
         for name, parameter in [*self.model.named_parameters(), *self.head.named_parameters()]:
             is_decoder = "language_model" in name or name.startswith("lm_head")
             (decoder if is_decoder else tower).append(parameter)
@@ -197,7 +199,7 @@ class Trainer:
             for hit, target, owner in zip(
                 (guess == targets).tolist(), targets.tolist(), rows.where[2].tolist(), strict=True
             ):
-                if target != self.model.config.text_config.eos_token_id:
+                if target != IDS["<eos>"]:
                     right[rows.owners[owner].kind].append(hit)
         figures = {"glyphs": sum(glyphs) / len(glyphs)}
         return figures | {kind: sum(hits) / len(hits) for kind, hits in right.items() if hits}
