@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightvlm_ext import ops
 
+from ..host import upload
 from ..plan import check_options, option, register_part
 from .base import CachePart, check_keep
 
@@ -65,6 +66,6 @@ class DecodeCompaction(CachePart):
             max(0, count - min(self.sinks + self.recent, e - s))
             for count, s, e in zip(kept, starts, ends, strict=True)
         ]
-        keep = torch.tensor(free, dtype=torch.int32, device=device)
+        keep = upload(free, device)
         chosen = ops.select(scores, keep=keep, forced=forced, candidates=inside, capacity=max(kept))
         return chosen.index, chosen.count, kept

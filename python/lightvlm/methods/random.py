@@ -9,6 +9,7 @@ import torch
 
 from lightvlm_ext import ops
 
+from ..host import upload
 from ..plan import Plan, check_options, option, register_part
 from .base import PrefillPart, Reduced, Stage, StageInput, check_keep, pyramid_stages
 from .lightvlm import default_layers
@@ -40,7 +41,8 @@ class RandomPrefill(PrefillPart):
         # One number per index in an image, not per place in the batch: a row is reduced alike alone and in a batch,
         # and every stage keeps a subset of what the stage before kept.
         generator = torch.Generator().manual_seed(self.seed)
-        numbers = torch.rand(_MAX_IMAGE_TOKENS, generator=generator).to(stage.hidden.device)
+        numbers = torch.rand(_MAX_IMAGE_TOKENS, generator=generator)
+        numbers = upload(numbers, stage.hidden.device, torch.float32)
         scores = numbers[stage.within.long() % _MAX_IMAGE_TOKENS]
         selection = ops.select(
             scores, keep=stage.keep, forced=stage.text, segment=stage.segment, capacity=stage.capacity
