@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightvlm_ext import ops
 
+from .host import upload
 from .layout import FIRST_IMAGE, TEXT, BatchLayout, RowLayout, Run
 from .methods.base import PrefillPart, Probe, StageInput, keep_count
 
@@ -47,8 +48,11 @@ class StagePlan:
     keep: list[list[int]]
 
 
-def plan_stage(level: Level, originals: list[tuple[int, ...]], keep: float) -> StagePlan:
-    """Counts and layout after keeping ``keep`` of each image's original tokens (never more than are left)."""
+def plan_stage(level: Level, originals: list[tuple[int, ...] | None], keep: float) -> StagePlan:
+    """Counts and layout after keeping ``keep`` of each image's original tokens (never more than are left).
+
+    ``originals``: tokens that the images of each row had at first; None: the row keeps all.
+    """
     rows, counts = [], []
     for row, original in zip(level.rows, originals, strict=True):
         kept: list[int] = []
@@ -57,7 +61,8 @@ def plan_stage(level: Level, originals: list[tuple[int, ...]], keep: float) -> S
             if run.image is None:
                 runs.append(run)
             else:
-                kept.append(min(run.tokens, keep_count(original[run.image], keep)))
+                wanted = run.tokens if original is None else keep_count(original[run.image], keep)
+                kept.append(min(run.tokens, wanted))
                 runs.append(Run(run.image, kept[-1]))
         rows.append(RowLayout(0, tuple(runs)))
         counts.append(kept)
@@ -74,14 +79,17 @@ class Prefill:
         first = Level(layout.rows, layout.length)
         self.levels = [first]
         self.stages: dict[int, StagePlan] = {}
-        originals = [row.image_sizes for row in layout.rows]
+        # Each row decides for itself, so that it is reduced alike alone and in a batch.
+        originals = [
+            row.image_sizes if sum(row.image_sizes) >= part.min_image_tokens else None for row in layout.rows
+        ]
         for stage in part.stages(layers):
             planned = plan_stage(self.levels[-1], originals, stage.keep)
             self.stages[stage.layer] = planned
             self.levels.append(planned.after)
         self.level = first
-        self._codes = layout.codes.to(device)
-        self._within = layout.within.to(device)
+        self._codes = upload(layout.codes, device)
+        self._within = upload(layout.within, device)
         self._inputs: dict[str, Any] = {}
         self._scores: Tensor | None = None
 
@@ -113,8 +121,8 @@ class Prefill:
             rows,
             key.transpose(1, 2),
             scale=scale,
-            row_pos=torch.tensor(row_pos, dtype=torch.int32, device=device),
-            leftpad=torch.tensor(self.level.starts, dtype=torch.int32, device=device),
+            row_pos=upload(row_pos, device),
+            leftpad=upload(self.level.starts, device),
             rows=probe.over_rows,
             heads=probe.over_heads,
         )
@@ -142,11 +150,8 @@ class Prefill:
         return found
 
     def _reduce(self, stage: StagePlan, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        device = hidden.device
         images = max(len(kept) for kept in stage.keep)
-        keep = torch.tensor(
-            [kept + [0] * (images - len(kept)) for kept in stage.keep], dtype=torch.int32, device=device
-        )
+        keep = upload([kept + [0] * (images - len(kept)) for kept in stage.keep], hidden.device)
         segment = torch.where(self._codes >= FIRST_IMAGE, self._codes - FIRST_IMAGE, -1).to(torch.int32)
         reduced = self.part.reduce(
             StageInput(
@@ -210,6 +215,6 @@ def _gather_rows(query: Tensor, positions: list[list[int]]) -> tuple[Tensor, lis
     ):  # the usual prompt: image, then text
         return query[:, length - width :], [[-1] * (width - len(row)) + row for row in positions]
     padded = [row + [-1] * (width - len(row)) for row in positions]
-    index = torch.tensor(padded, dtype=torch.int32, device=query.device)
-    count = torch.tensor([len(row) for row in positions], dtype=torch.int32, device=query.device)
+    index = upload(padded, query.device)
+    count = upload([len(row) for row in positions], query.device)
     return ops.gather_tokens(query, index, count), padded
