@@ -12,6 +12,7 @@ is a copy and compaction moves whole rows.
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lightvlm_ext import ops
 
+from .host import upload
 from .methods.base import CachePart
+from .models.base import attention_kinds
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -47,16 +50,17 @@ class CompactLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, capacity: int | None = None, query_rows: int = 0) -> None:
+    def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity
-        self.query_rows = query_rows
+        self.query_rows = 0
         self.scale: float | None = None
+        self.key_storage = self.value_storage = torch.empty(0)
         self._clear()
 
     def _clear(self) -> None:
         self.is_initialized = False
-        self.key_storage = torch.empty(0)
-        self.value_storage = torch.empty(0)
+        if self.capacity is None:  # a fixed buffer keeps its address
+            self.key_storage = self.value_storage = torch.empty(0)
         self.starts: list[int] = []
         self.ends: list[int] = []
         self.seen = 0
@@ -84,8 +88,9 @@ class CompactLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, _, length, _ = key_states.shape
         room = self.capacity if self.capacity is not None else length + _SLACK
-        self.key_storage = _token_major(key_states, room)
-        self.value_storage = _token_major(value_states, room)
+        if not (_fits(self.key_storage, key_states, room) and _fits(self.value_storage, value_states, room)):
+            self.key_storage = _token_major(key_states, room)
+            self.value_storage = _token_major(value_states, room)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.starts, self.ends = [0] * batch, [0] * batch
         self.is_initialized = True
@@ -111,7 +116,8 @@ class CompactLayer(CacheLayerMixin):
             raise ValueError(f"key_states has {key_states.shape[0]} rows, the cache has {len(self.ends)}")
         if needed > self.key_storage.shape[1]:
             self._grow(needed)
-        keys, values = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        # detached: a cache that is written again and again must not hold on to every step's graph
+        keys, values = key_states.detach().transpose(1, 2), value_states.detach().transpose(1, 2)
         if len(set(self.ends)) == 1:
             self.key_storage[:, needed - new : needed] = keys
             self.value_storage[:, needed - new : needed] = values
@@ -135,25 +141,29 @@ class CompactLayer(CacheLayerMixin):
     def bounds(self) -> tuple[Tensor, Tensor]:
         """starts and ends as (B,) int32 on the device."""
         if self._bounds is None:
-            both = torch.tensor([self.starts, self.ends], dtype=torch.int32, device=self.key_storage.device)
+            both = upload([self.starts, self.ends], self.key_storage.device)
             self._bounds = (both[0], both[1])
         return self._bounds
 
     def remember_queries(self, query: Tensor, scale: float | None) -> None:
         """Keep the last ``query_rows`` query rows of (B, S, Hq, D);
         they score the keys at the next compaction."""
+        if not self.query_rows:
+            return
         self.scale = scale
         self._queries.append(query[:, -self.query_rows :].clone())
         del self._queries[: -self.query_rows]
 
     def recent_queries(self) -> Tensor:
         """The last ``query_rows`` queries (B, W, Hq, D), oldest first; fewer where fewer were remembered."""
+        if not self._queries:
+            return self.key_storage.new_empty(len(self.ends), 0, 1, self.key_storage.shape[-1])
         return torch.cat(self._queries, dim=1)[:, -self.query_rows :]
 
     def compacted(self, kept: list[int], tail: int) -> None:
         """Say that the rows were moved to the front of the buffer and ``kept`` of each remain."""
         self.starts, self.ends = [0] * len(kept), list(kept)
-        self.ragged, self.tail = True, min(tail, *kept)
+        self.ragged, self.tail = True, min(self.tail, tail, *kept)
         self._bounds = None
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -168,19 +178,20 @@ class CompactLayer(CacheLayerMixin):
     def reset(self) -> None:
         self._clear()
 
-    def check_crop(self, tokens_to_remove: int) -> None:
-        """Raise where :meth:`crop` could not remove that many tokens."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """The number of tokens, at most 0, that :meth:`crop` is asked to add; raises where it cannot."""
+        if tokens_to_remove > 0:  # older transformers says how many tokens shall be left
+            tokens_to_remove = min(0, tokens_to_remove - self.seen)
         if self.is_initialized and -tokens_to_remove > self.tail:
             raise ValueError(
                 f"cannot crop {-tokens_to_remove} tokens: only the last {self.tail} are all still in the cache"
             )
+        return tokens_to_remove
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens; a
-        ValueError where some of them were compacted away."""
-        self.check_crop(tokens_to_remove)
+        """Remove the last ``-tokens_to_remove`` tokens, or, where the number is positive, all beyond that many;
+        a ValueError where some of them were compacted away."""
+        tokens_to_remove = self.check_crop(tokens_to_remove)
         if not self.is_initialized or tokens_to_remove == 0:
             return
         self.ends = [end + tokens_to_remove for end in self.ends]
@@ -193,20 +204,27 @@ class CompactLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    @property
+    def rows_differ(self) -> bool:
+        """Whether the rows' keys stand at different places."""
+        return len(set(zip(self.starts, self.ends, strict=True))) > 1
+
+    def batch_select_indices(self, indices: Tensor, rows: list[int] | None = None) -> None:
+        """Take the rows ``indices`` (B',) of the batch; ``rows``: the same on the host, where it is known."""
         if not self.is_initialized:
             return
-        if (
-            len(set(zip(self.starts, self.ends, strict=True))) == 1
-        ):  # no row differs: no need to ask the device
-            rows = [0] * len(indices)
-        else:
-            rows = indices.tolist()
+        if rows is None:  # where no row differs there is no need to ask the device
+            rows = indices.tolist() if self.rows_differ else [0] * len(indices)
+        on_device = indices.to(self.key_storage.device)
+        used = max(self.ends)
+        keys = self.key_storage[:, :used].index_select(0, on_device)
+        values = self.value_storage[:, :used].index_select(0, on_device)
+        if len(rows) != len(self.ends):  # otherwise the buffers stay where they are
+            self.key_storage = _resized(self.key_storage, len(rows))
+            self.value_storage = _resized(self.value_storage, len(rows))
+        self.key_storage[:, :used], self.value_storage[:, :used] = keys, values
         self.starts = [self.starts[row] for row in rows]
         self.ends = [self.ends[row] for row in rows]
-        on_device = indices.to(self.key_storage.device)
-        self.key_storage = self.key_storage.index_select(0, on_device)
-        self.value_storage = self.value_storage.index_select(0, on_device)
         self._queries = [query.index_select(0, on_device) for query in self._queries]
         self._bounds = None
 
@@ -214,8 +232,8 @@ class CompactLayer(CacheLayerMixin):
         """Give the free rows of a growing buffer back."""
         if self.is_initialized and self.capacity is None:
             used = max(self.ends)
-            self.key_storage = self.key_storage[:, :used].clone()
-            self.value_storage = self.value_storage[:, :used].clone()
+            self.key_storage = _token_major(self.key_storage.transpose(1, 2), used, copy=used)
+            self.value_storage = _token_major(self.value_storage.transpose(1, 2), used, copy=used)
 
     def bytes_used(self) -> int:
         """Bytes of the keys and values that are valid."""
@@ -224,7 +242,7 @@ class CompactLayer(CacheLayerMixin):
 
     def bytes_allocated(self) -> int:
         """Bytes of the buffers."""
-        return self.key_storage.nbytes + self.value_storage.nbytes if self.is_initialized else 0
+        return self.key_storage.nbytes + self.value_storage.nbytes
 
     def bytes_full(self) -> int:
         """Bytes that a cache holding every token seen would use."""
@@ -233,21 +251,31 @@ class CompactLayer(CacheLayerMixin):
     def _bytes_per_token(self) -> int:
         if not self.is_initialized:
             return 0
-        key, value = self.key_storage[0, 0], self.value_storage[0, 0]
-        return key.numel() * key.element_size() + value.numel() * value.element_size()
+        # from shapes alone: this runs for every layer at every token
+        width = sum(math.prod(storage.shape[2:]) for storage in (self.key_storage, self.value_storage))
+        return width * self.key_storage.element_size()
 
 
 def _token_major(states: Tensor, room: int, copy: int = 0) -> Tensor:
-    """A buffer (B, room, H, D) for states (B, H, S, D), with their first ``copy`` tokens in it.
-
-    What the caller does not fill (tokens past S or ``copy``) is zero, not uninitialised: where rows differ in length,
-    attention multiplies such values by weights of zero, and zero times NaN is NaN.
-    """
-    batch, heads, length, width = states.shape
-    buffer = states.new_empty(batch, room, heads, width)
+    """A buffer (B, room, H, D) for states (B, H, S, D), with their first ``copy`` tokens in it."""
+    batch, heads, _, width = states.shape
+    with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
+        buffer = torch.empty(batch, room, heads, width, dtype=states.dtype, device=states.device)
     buffer[:, :copy] = states[:, :, :copy].transpose(1, 2)
-    buffer[:, copy or length :].zero_()
     return buffer
+
+
+def _fits(buffer: Tensor, states: Tensor, room: int) -> bool:
+    """Whether a buffer of an earlier use is what :func:`_token_major` would make."""
+    batch, heads, _, width = states.shape
+    same = buffer.dtype == states.dtype and buffer.device == states.device
+    return same and buffer.shape == (batch, room, heads, width)
+
+
+def _resized(buffer: Tensor, batch: int) -> Tensor:
+    """A buffer like this one for another number of rows."""
+    with torch.inference_mode(False):
+        return torch.empty(batch, *buffer.shape[1:], dtype=buffer.dtype, device=buffer.device)
 
 
 class CompactCache(Cache):
@@ -256,19 +284,23 @@ class CompactCache(Cache):
 
     Args:
         config: the model's configuration (of the whole VLM or of its text decoder).
-        plan: its ``cache`` part says when and what to evict. Eviction needs the queries, so it happens on a
-            model that is attached; without one, everything is kept (and a warning says so once).
-        capacity: tokens a row may hold. None: buffers grow by doubling and may move. An int: allocated once,
-            at fixed addresses; a step that needs more raises a ValueError.
+        plan: its ``cache`` part says when and what to evict; None: that of the run the cache is used with.
+            Eviction needs the queries, so it happens on a model that is attached; on another, everything is
+            kept (and a warning says so).
+        capacity: tokens a row may hold, padding included. None: buffers grow by doubling and may move. An int:
+            allocated once, at addresses that stay, also through :meth:`reset` and reordering, as long as the
+            number of rows stays; a step that needs more raises a ValueError and changes nothing.
 
     Raises:
-        TypeError, ValueError: a plan or capacity of the wrong kind; a decoder with layers that are not full
-            attention.
+        TypeError, ValueError: a config, plan or capacity of the wrong kind; a decoder with layers that are not
+            full attention.
     """
 
     def __init__(
         self, config: PretrainedConfig, plan: Plan | None = None, *, capacity: int | None = None
     ) -> None:
+        if not hasattr(config, "get_text_config"):
+            raise TypeError(f"config must be a configuration of transformers, got {type(config).__name__}")
         if plan is not None and not isinstance(plan, Plan):
             raise TypeError(f"plan must be a lightvlm.Plan, got {type(plan).__name__}")
         if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int)):
@@ -276,22 +308,47 @@ class CompactCache(Cache):
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         text = config.get_text_config(decoder=True)
-        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise ValueError(f"config has layers that are not full attention: {', '.join(sorted(kinds))}")
-        self.plan = plan if plan is not None else Plan()
-        rows = self.plan.cache.rows if isinstance(self.plan.cache, CachePart) else 0
+        other = attention_kinds(text) - {"full_attention"}
+        if other:
+            raise ValueError(f"config has layers that are not full attention: {', '.join(sorted(other))}")
         self.layers: list[CompactLayer]  # type: ignore[assignment]
-        super().__init__(layers=[CompactLayer(capacity, rows) for _ in range(text.num_hidden_layers)])
+        super().__init__(layers=[CompactLayer(capacity) for _ in range(text.num_hidden_layers)])
+        self._has_own_plan = plan is not None
+        self._set_plan(plan if plan is not None else Plan())
         self.run: weakref.ref[Run] | None = None
         self.leftpad: list[int] = []
         self.since_compaction = 0
+
+    def _set_plan(self, plan: Plan) -> None:
+        self.plan = plan
+        for layer in self.layers:
+            layer.query_rows = plan.cache.rows if isinstance(plan.cache, CachePart) else 0
+
+    def begin(self, run: Run, leftpad: list[int]) -> None:
+        """Say that a prompt whose rows have that much padding will now be stored, on the model of ``run``."""
+        if not self._has_own_plan:
+            self._set_plan(run.plan)
+        self.run = weakref.ref(run)
+        self.leftpad, self.since_compaction = list(leftpad), 0
+
+    def take_place_of(self, other: Cache) -> CompactCache:
+        """Turn ``other``, an empty cache, into this one, so that whoever holds it can go on with it."""
+        other.__class__ = CompactCache
+        other.__dict__ = self.__dict__
+        assert isinstance(other, CompactCache)
+        return other
+
+    @property
+    def ragged(self) -> bool:
+        """Whether a layer holds fewer tokens than it has seen."""
+        return any(layer.ragged for layer in self.layers)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         layer = self.layers[layer_idx]
-        if layer.ragged and not self.attached:
+        # asked of all layers at the first, so that none has changed when it raises
+        if not self.attached and (self.ragged if layer_idx == 0 else layer.ragged):
             raise ValueError(
                 "this cache was shortened by a plan and only an attached model can read it; attach the plan again"
             )
@@ -336,10 +393,9 @@ class CompactCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens from every
         layer, or raise a ValueError and change none."""
-        for layer in self.layers:
-            layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
-        self.since_compaction = max(0, self.since_compaction + tokens_to_remove)
+        removed = min(layer.check_crop(tokens_to_remove) for layer in self.layers)
+        super().crop(removed)
+        self.since_compaction = max(0, self.since_compaction + removed)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows ``beam_idx`` (B',) of the batch, in that order."""
@@ -347,16 +403,17 @@ class CompactCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch ``repeats`` times."""
-        self.batch_select_indices(torch.arange(self.layers[0].batch_size).repeat_interleave(repeats))
+        if self.layers[0].is_initialized:
+            self.batch_select_indices(torch.arange(self.layers[0].batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Take the rows ``indices`` (B',) of the batch, in that order."""
-        if len(set(self.leftpad)) > 1:
-            self.leftpad = [self.leftpad[row] for row in indices.tolist()]
-        else:
-            self.leftpad = self.leftpad[:1] * len(indices)
+        differ = len(set(self.leftpad)) > 1 or any(layer.rows_differ for layer in self.layers)
+        rows = indices.tolist() if differ else [0] * len(indices)
         for layer in self.layers:
-            layer.batch_select_indices(indices)
+            layer.batch_select_indices(indices, rows)
+        if self.leftpad:
+            self.leftpad = [self.leftpad[row] for row in rows]
 
     def reset(self) -> None:
         super().reset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import Adapter
+from .base import Adapter, attention_kinds
 from .llava import Llava
 from .qwen2_5_vl import Qwen2_5_VL
 
@@ -40,9 +40,9 @@ def _check_decoder(adapter: Adapter) -> None:
     """Refuse decoders whose layers do not attend to all earlier
     tokens through transformers' attention interface."""
     config = adapter.decoder.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ValueError(f"model has decoder layers that are not full attention: {', '.join(sorted(kinds))}")
+    other = attention_kinds(config) - {"full_attention"}
+    if other:
+        raise ValueError(f"model has decoder layers that are not full attention: {', '.join(sorted(other))}")
     for layer, attention in zip(adapter.layers, adapter.attentions, strict=True):
         if getattr(attention, "layer_idx", None) is None:
             raise ValueError(f"model has a {type(layer).__name__} whose attention has no layer_idx")

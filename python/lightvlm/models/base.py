@@ -13,6 +13,19 @@ import torch
 from torch import Tensor, nn
 
 
+def attention_kinds(config: Any) -> set[str]:
+    """Kinds of attention that the layers of a text decoder use, in transformers' words.
+
+    Decoders that mix kinds say so in ``layer_types``; others only have a window, or none.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds and getattr(config, "sliding_window", None) is not None:
+        kinds = {"sliding_attention"}
+    if not kinds and getattr(config, "attention_chunk_size", None) is not None:
+        kinds = {"chunked_attention"}
+    return kinds or {"full_attention"}
+
+
 class Adapter:
     """Access to the parts of one VLM.
 
