@@ -29,6 +29,15 @@ def register(original: str) -> str:
     return name
 
 
+def check_implementation(name: str | None) -> None:
+    """Raise a ValueError unless this attention of transformers is causal without a mask, which
+    :func:`causal_rows` relies on."""
+    if (name not in ("eager", "sdpa") and "flash" not in (name or "")) or (name or "").startswith("paged|"):
+        raise ValueError(
+            f"model uses the attention implementation {name!r}; lightvlm works with eager, sdpa and flash attention"
+        )
+
+
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:

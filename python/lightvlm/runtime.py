@@ -7,6 +7,7 @@ states, rotary tables and positions together. ``detach`` restores the model bit 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import time
 import weakref
@@ -60,6 +61,7 @@ def attach(model: nn.Module, plan: Plan, *, trace: bool = False) -> Run:
         raise ValueError("model is attached already; detach the other run first")
     if plan.precision is not None:
         raise ValueError("plan.precision is not supported by this version")
+    attention_hook.check_implementation(adapter.decoder.config._attn_implementation)
     if plan.prefill is not None:
         assert isinstance(plan.prefill, PrefillPart)
         stages = plan.prefill.stages(len(adapter.layers))
@@ -91,8 +93,11 @@ class Run:
         self._stats = _Statistics(len(adapter.layers))
         self._observe = observe
         self._observer: AbstractContextManager[object] | None = None
+        part, depth = plan.prefill, len(adapter.layers)
+        self._reduces = isinstance(part, PrefillPart) and bool(part.stages(depth))
         config = adapter.decoder.config
         self._original: str = config._attn_implementation
+        self._name = attention_hook.register(self._original)
         self._handles = [
             adapter.model.register_forward_pre_hook(self._refuse_labels, with_kwargs=True),
             adapter.base.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -102,7 +107,7 @@ class Run:
             self._handles.append(layer.register_forward_pre_hook(_LayerHook(self, index), with_kwargs=True))
         for attention in adapter.attentions:
             attention.__dict__["_lightvlm_run"] = self  # not a submodule, not a parameter
-        config._attn_implementation = attention_hook.register(self._original)
+        config._attn_implementation = self._name
 
     # -- handle
     # ------------------------------------------------------------------------------------------------
@@ -133,75 +138,82 @@ class Run:
 
     def report(self) -> Report:
         """What happened since attach (see :class:`lightvlm.report.Report`)."""
+        from lightvlm_ext import device_errors
+
+        self._stats.errors += device_errors()
         return self._stats.report(self._adapter)
 
     # -- hooks
     # -------------------------------------------------------------------------------------------------
 
     def _refuse_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get("labels") is not None and self.plan.prefill is not None:
+        labels = kwargs.get("labels")
+        if args:
+            labels = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("labels")
+        if labels is not None and self._reduces:
             raise ValueError("labels cannot be used while a plan shortens the sequence; detach the run first")
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = self._signature.bind(*args, **kwargs).arguments
         inputs.update(inputs.pop("kwargs", {}))
-        self._prefill = self._cache = self._layout = None
-        self._prompt = False
+        self._forget()
+        current = self._adapter.decoder.config._attn_implementation
+        if current != self._name:
+            raise RuntimeError(
+                f"the model's attention was set to {current!r} while a run is attached; detach the run first"
+            )
         self._started = time.perf_counter()
-        self._observer = self._observe(self._stats.add_op)
-        self._observer.__enter__()
         cache = inputs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             self._continue(cache, inputs)
         else:
             self._begin(cache, inputs)
+        self._observer = self._observe(self._stats.add_op)
+        self._observer.__enter__()
         return (), inputs
 
     def _continue(self, cache: Any, inputs: dict[str, Any]) -> None:
-        """More tokens on a filled cache: they are all appended, and
-        image tokens among them are not reduced."""
+        """More tokens on a filled cache: they are all appended, and image tokens among them are not reduced."""
         if _is_compact(cache) and cache.leftpad:
+            if cache.ragged:
+                _check_new_tokens(inputs)
             cache.run = weakref.ref(self)
             self._cache = cache
-        if self.plan.prefill is not None and self._adapter.has_pixels(inputs):
+        if self._reduces and self._adapter.has_pixels(inputs):
             self._stats.step_aside("an image arrived on a cache that already holds tokens")
 
     def _begin(self, cache: Any, inputs: dict[str, Any]) -> None:
-        """A prompt on an empty cache: plan its reduction and put a
-        CompactCache in the place of a dynamic one."""
+        """A prompt on an empty cache: plan its reduction and put a CompactCache in the place of a dynamic one."""
         self._prompt = True
-        plan = self.plan
-        if plan.prefill is None and plan.cache is None:
-            return
+        if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
+            return None  # the model says it better
         mask = inputs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            return self._stats.step_aside("the attention mask is not a 2-D padding mask")
+            return self._step_aside("the attention mask is not a 2-D padding mask")
         try:
-            layout = self._read_layout(inputs, mask)
+            self._layout = self._read_layout(inputs, mask)
         except LayoutError as error:
-            return self._stats.step_aside(str(error))
+            return self._step_aside(str(error))
+        if cache is not None and not _replaceable(cache):
+            return self._step_aside(f"{_describe(cache)} was given; leave it out or pass a CompactCache")
+        self._prefill = self._plan_prefill(self._layout, inputs)
         use_cache = inputs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self._adapter.decoder.config, "use_cache", True)
-        if use_cache or cache is not None:
-            if cache is not None and not _replaceable(cache):
-                return self._stats.step_aside(
-                    f"a {type(cache).__name__} was given; leave it out or pass a CompactCache"
-                )
-            self._cache = self._own_cache(cache, layout)
-        self._layout = layout
-        self._prefill = self._plan_prefill(layout, inputs)
-        if self._cache is not None:
-            if self._prefill is None and plan.cache is None and not _is_compact(cache):
-                self._cache = None  # nothing to do: leave the model's own cache alone
-            else:
-                inputs["past_key_values"] = self._cache
+        # without anything to do, the model's own cache is left alone
+        needed = self._prefill is not None or self.plan.cache is not None
+        if _is_compact(cache) or (needed and (use_cache or cache is not None)):
+            self._cache = inputs["past_key_values"] = self._own_cache(cache, self._layout)
         return None
+
+    def _step_aside(self, reason: str) -> None:
+        """Note that the plan does not apply, if there is anything that it would have done."""
+        if self._reduces or self.plan.cache is not None:
+            self._stats.step_aside(reason)
 
     def _read_layout(self, inputs: dict[str, Any], mask: Tensor | None) -> BatchLayout:
         """The one host read of a prefill."""
-        tokens = inputs.get("input_ids")
-        tokens = tokens if tokens is not None else inputs["inputs_embeds"]
+        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         is_image = self._adapter.is_image(inputs)
         if is_image is None:
             is_image = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
@@ -218,34 +230,33 @@ class Run:
         from .cache import CompactCache
 
         own = cache if _is_compact(cache) else CompactCache(self._adapter.decoder.config, self.plan)
-        own.run = weakref.ref(self)
-        own.leftpad = [row.leftpad for row in layout.rows]
-        own.since_compaction = 0
+        if cache is not None and own is not cache:
+            own = own.take_place_of(cache)
+        own.begin(self, [row.leftpad for row in layout.rows])
         return own
 
     def _plan_prefill(self, layout: BatchLayout, inputs: dict[str, Any]) -> Prefill | None:
         part = self.plan.prefill
-        if part is None or not layout.has_images:
+        if not self._reduces or not layout.has_images:
             return None
         assert isinstance(part, PrefillPart)
         longest = max(sum(row.image_sizes) for row in layout.rows)
         if longest < part.min_image_tokens:
             self._stats.step_aside(f"fewer than min_image_tokens ({part.min_image_tokens}) image tokens")
             return None
-        tokens = inputs.get("input_ids")
-        tokens = tokens if tokens is not None else inputs["inputs_embeds"]
+        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         self.kept = {}
-        prefill = Prefill(part, layout, len(self._adapter.layers), tokens.device)
-        return prefill if prefill.stages else None
+        return Prefill(part, layout, len(self._adapter.layers), tokens.device)
 
     def _before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._prefill is None:
             return None
         hidden = args[0] if args else kwargs.pop("hidden_states")
+        assert isinstance(hidden, Tensor)
         hidden = self._prefill.enter(index, hidden, kwargs)
         if self._trace and index in self._prefill.stages:
             self.kept[index] = self._prefill.kept()
-        return (hidden,), kwargs
+        return (hidden, *args[1:]), kwargs
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
@@ -278,24 +289,34 @@ class Run:
             out = attention_hook.decode_rows(query, key, value, bounds, scale)
         else:
             out, weights = call(module, query, key, value, mask, **kwargs)
-        if not self._prompt and layer is not None and self.plan.cache is not None:
+        if not self._prompt and layer is not None:
             layer.remember_queries(query.transpose(1, 2), scale)
         return out, weights
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        if output is not None:  # None: the forward raised
-            if self._cache is not None and not self._prompt:
-                self._cache.step(_new_tokens(output))
-            self._stats.add_time("prefill" if self._prompt else "decode", time.perf_counter() - self._started)
-            if self._prompt and self._layout is not None:
-                self._stats.add_prompt(self._layout, self._prefill)
-            if self._cache is not None:
-                self._stats.add_cache(self._cache)
+        try:
+            if output is not None:  # None: the forward raised
+                self._finish(output)
+        finally:
+            self._forget()
+
+    def _finish(self, output: Any) -> None:
+        cache = self._cache
+        if cache is not None and not self._prompt:
+            cache.step(_new_tokens(output))
+        self._stats.add_time("prefill" if self._prompt else "decode", time.perf_counter() - self._started)
+        if self._prompt and self._layout is not None:
+            self._stats.add_prompt(self._layout, self._prefill)
+        self._stats.add_cache(cache if cache is not None else getattr(output, "past_key_values", None))
+
+    def _forget(self) -> None:
+        """Drop what belongs to one call of the model, also where the call before did not get to its end."""
         self._prefill = self._layout = self._cache = None
         self._prompt = False
-        if self._observer is not None:
-            self._observer.__exit__(None, None, None)
-            self._observer = None
+        observer, self._observer = self._observer, None
+        if observer is not None:
+            with contextlib.suppress(ValueError):  # an interrupted call may have run in another context
+                observer.__exit__(None, None, None)
 
 
 class _LayerHook:
@@ -322,7 +343,29 @@ def _is_compact(cache: Any) -> bool:
 
 def _replaceable(cache: Any) -> bool:
     """An empty dynamic cache holds nothing that ours would lose; any other kind was chosen on purpose."""
-    return _is_compact(cache) or type(cache).__name__ == "DynamicCache"
+    plain = type(cache).__name__ == "DynamicCache" and not getattr(cache, "offloading", False)
+    return plain or _is_compact(cache)
+
+
+def _describe(cache: Any) -> str:
+    offloaded = getattr(cache, "offloading", False)
+    return f"{'an offloaded' if offloaded else 'a'} {type(cache).__name__}"
+
+
+def _check_new_tokens(inputs: dict[str, Any]) -> None:
+    """Refuse new tokens that a shortened cache cannot tell apart: it knows where keys stand, not which to skip."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise ValueError("attention_mask must be a 2-D padding mask on a cache that a plan has shortened")
+    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    new = 1 if tokens is None else tokens.shape[1]
+    if new > 1 and not bool(mask[:, -new:].all()):  # single tokens are never padding, and must not wait
+        raise ValueError(
+            "attention_mask has padding among the new tokens, which a cache that a plan has shortened cannot skip; "
+            "continue rows of different length one by one"
+        )
 
 
 def _whole(layer: Any) -> bool:
@@ -347,6 +390,7 @@ class _Statistics:
         self._op_calls: Counter[str] = Counter()
         self._op_seconds: dict[str, float] = {}
         self._aside: Counter[str] = Counter()
+        self.errors: list[str] = []
 
     def step_aside(self, reason: str) -> None:
         self._aside[reason] += 1
@@ -371,8 +415,12 @@ class _Statistics:
             self._tokens[index] += sum(row.tokens for row in rows)
             self._image_kept[index] += sum(sum(row.image_sizes) for row in rows)
 
-    def add_cache(self, cache: CompactCache) -> None:
-        self._bytes = (cache.kv_bytes_used, cache.kv_bytes_allocated, cache.kv_bytes_full)
+    def add_cache(self, cache: Any) -> None:
+        if _is_compact(cache):
+            self._bytes = (cache.kv_bytes_used, cache.kv_bytes_allocated, cache.kv_bytes_full)
+        elif type(cache).__name__ == "DynamicCache":
+            stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            self._bytes = (stored, stored, stored)
 
     def report(self, adapter: Adapter) -> Report:
         rows, images = max(1, self._rows), max(1, self._image_rows)
@@ -394,4 +442,5 @@ class _Statistics:
             op_seconds=dict(self._op_seconds),
             compactions=self._op_calls["compact_kv_"],
             stepped_aside=dict(self._aside),
+            errors=list(self.errors),
         )
