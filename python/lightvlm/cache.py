@@ -166,14 +166,18 @@ class CompactLayer(CacheLayerMixin):
         self.ragged, self.tail = True, min(self.tail, tail, *kept)
         self._bounds = None
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (max(self.ends) if self.is_initialized else 0) + query_length, 0
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        # transformers 5.0 passes the positions of the new tokens where later versions pass their number
+        new = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return (max(self.ends) if self.is_initialized else 0) + new, 0
 
     def get_seq_length(self) -> int:
         return self.seen
 
     def get_max_length(self) -> int:
         return -1 if self.capacity is None else self.capacity
+
+    get_max_cache_shape = get_max_length  # its name in transformers 5.0
 
     def reset(self) -> None:
         self._clear()
@@ -261,7 +265,7 @@ def _token_major(states: Tensor, room: int, copy: int = 0) -> Tensor:
     batch, heads, _, width = states.shape
     with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
         buffer = torch.empty(batch, room, heads, width, dtype=states.dtype, device=states.device)
-    buffer[:, :copy] = states[:, :, :copy].transpose(1, 2)
+    buffer[:, :copy] = states[:, :, :copy].detach().transpose(1, 2)
     return buffer
 
 

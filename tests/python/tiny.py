@@ -54,6 +54,10 @@ class Family:
     def make(self, decoder: dict[str, Any]) -> Any:
         raise NotImplementedError
 
+    def positions(self, model: Any, mask: Tensor, new: int) -> Tensor:
+        """position_ids of the last ``new`` tokens, as generate() passes them to the model."""
+        return (mask.cumsum(-1) - 1).clamp_min(0)[:, -new:]
+
     def pixels(self, images: Sequence[Image], dtype: torch.dtype) -> dict[str, Tensor]:
         raise NotImplementedError
 
@@ -155,6 +159,9 @@ class Qwen(Family):
         )
         return Qwen2_5_VLForConditionalGeneration(config)
 
+    def positions(self, model: Any, mask: Tensor, new: int) -> Tensor:
+        return super().positions(model, mask, new).expand(3, -1, -1) + model.model.rope_deltas
+
     def batch(
         self, rows: Sequence[Row], dtype: torch.dtype = torch.float32, left: bool = True
     ) -> dict[str, Tensor]:
@@ -199,3 +206,10 @@ def generate_logits(
         **options,
     )
     return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, dim=1)
+
+
+def extend(family: Family, model: Any, mask: Tensor, tokens: Tensor, **options: Any) -> tuple[Any, Tensor]:
+    """One call of forward() with more tokens (B, S) on a cache; returns its output and the longer mask."""
+    mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+    positions = family.positions(model, mask, tokens.shape[1])
+    return model(input_ids=tokens, attention_mask=mask, position_ids=positions, **options), mask
