@@ -3,6 +3,7 @@
 # -DLIGHTVLM_OPS="room/op;..." builds some of them only.
 if(NOT LIGHTVLM_OPS)
     set(LIGHTVLM_OPS
+        compaction/compact_kv
         merging/gather_tokens
         selection/select
     )

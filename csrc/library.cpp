@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY(lightvlm, m) {
         "gather_tokens(Tensor[] x, Tensor index, Tensor count, bool right, Tensor(a!)[] out, "
         "Tensor(b!)? error) -> ()");
     m.def(
-        "compact_kv_(Tensor(a!)[] caches, int[] layer, int[] token_dim, Tensor[] index, "
+        "compact_kv(Tensor(a!)[] caches, int[] layer, int[] token_dim, Tensor[] index, "
         "Tensor[] count, Tensor(b!)? error) -> ()");
 }
 
