@@ -6,5 +6,6 @@ if(NOT LIGHTVLM_OPS)
         compaction/compact_kv
         merging/gather_tokens
         selection/select
+        selection/select_diverse
     )
 endif()

@@ -15,6 +15,14 @@ STABLE_TORCH_LIBRARY(lightvlm, m) {
         "int keep_each, float mass, Tensor(a!) index, Tensor(b!) count, Tensor(c!) inverse, "
         "Tensor(d!)? error) -> ()");
     m.def(
+        "select_diverse(Tensor scores, Tensor features, Tensor? forced, Tensor? candidates, "
+        "Tensor? segment, Tensor? keep, int keep_each, float strength, Tensor(a!)? workspace, "
+        "Tensor(b!) index, Tensor(c!) count, Tensor(d!) inverse, Tensor(e!)? error) -> ()");
+    m.def(
+        "importance(Tensor query, Tensor key, Tensor? lse, float scale, bool causal, "
+        "Tensor? row_pos, Tensor? lens, Tensor? leftpad, str rows, str heads, str axis, "
+        "Tensor(a!) score, Tensor(b!) visible, Tensor(c!)? workspace, Tensor(d!)? error) -> ()");
+    m.def(
         "gather_tokens(Tensor[] x, Tensor index, Tensor count, bool right, Tensor(a!)[] out, "
         "Tensor(b!)? error) -> ()");
     m.def(

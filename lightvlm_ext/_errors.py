@@ -14,10 +14,6 @@ import torch
 
 from . import _library
 
-# Bits that Python itself reports; their texts come from the library (csrc/common/error_word.h).
-NEGATIVE_KEEP = 1 << 7
-SEGMENT_RANGE = 1 << 8
-
 _lock = threading.Lock()
 # One word per device and op. They are never freed: CUDA graphs hold their addresses.
 _words: dict[tuple[torch.device, str], torch.Tensor] = {}
@@ -32,20 +28,6 @@ def error_word(op: str, device: torch.device) -> torch.Tensor | None:
         with _lock:
             word = _words.setdefault((device, op), torch.zeros(1, dtype=torch.int32, device=device))
     return word
-
-
-def report(op: str, bit: int, wrong: torch.Tensor) -> None:
-    """Reports `bit` where the 0-dim bool `wrong` is true: raises on the CPU, sets the word on CUDA.
-
-    Raises:
-        ValueError: wrong is true, on the CPU.
-    """
-    word = error_word(op, wrong.device)
-    if word is not None:
-        word.bitwise_or_(wrong.int() * bit)
-        check_now(op, wrong.device)
-    elif bool(wrong):
-        raise ValueError(f"{op}: {_library.describe_error(bit)}")
 
 
 def check_now(op: str, device: torch.device) -> None:

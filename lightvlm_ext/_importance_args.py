@@ -62,7 +62,9 @@ def check_importance(
         )
     for tensor, name in ((query, "query"), (key, "key")):
         if max(tensor.shape) > _checks.INT32_MAX:
-            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, must be below 2**31 in each dimension")
+            raise ValueError(
+                f"{name}: has shape {tuple(tensor.shape)}, must be below 2**31 in each dimension"
+            )
         _checks.last_contiguous(tensor, name)
     _checks.same_device(key, "key", query, "query")
 

@@ -132,7 +132,7 @@ __device__ __forceinline__ void compact_rows(const CompactSlice& slice) {
 }
 
 template <int kCapacity>
-__global__ void __launch_bounds__(kCompactThreads)
+__global__ void __launch_bounds__(kCompactThreads, 4)
     compact_kv_kernel(const __grid_constant__ CompactTable<kCapacity> table) {
     // The last entry that begins at or before this block.
     const int64_t block = blockIdx.x;

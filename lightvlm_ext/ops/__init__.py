@@ -5,7 +5,8 @@ from __future__ import annotations
 from .._types import Selection
 from .compact_kv import compact_kv_
 from .gather_tokens import gather_tokens
+from .importance import importance
 from .select import select
 from .select_diverse import select_diverse
 
-__all__ = ["Selection", "compact_kv_", "gather_tokens", "select", "select_diverse"]
+__all__ = ["Selection", "compact_kv_", "gather_tokens", "importance", "select", "select_diverse"]

@@ -10,6 +10,16 @@ from .._select_args import check_select
 from .._types import Selection
 
 
+def empty_selection(scores: torch.Tensor, capacity: int) -> Selection:
+    """An uninitialised Selection for scores (R, N)."""
+    rows, tokens = scores.shape
+    return Selection(
+        index=torch.empty((rows, capacity), dtype=torch.int32, device=scores.device),
+        count=torch.empty((rows,), dtype=torch.int32, device=scores.device),
+        inverse=torch.empty((rows, tokens), dtype=torch.int32, device=scores.device),
+    )
+
+
 @observed
 def select(
     scores: torch.Tensor,
@@ -62,12 +72,7 @@ def select(
         capacity=capacity,
     )
     _library.check_backend(scores.device)
-    rows, tokens = scores.shape
-    selection = Selection(
-        index=torch.empty((rows, args.capacity), dtype=torch.int32, device=scores.device),
-        count=torch.empty((rows,), dtype=torch.int32, device=scores.device),
-        inverse=torch.empty((rows, tokens), dtype=torch.int32, device=scores.device),
-    )
+    selection = empty_selection(scores, args.capacity)
     _library.op("select")(
         args.scores,
         args.forced,

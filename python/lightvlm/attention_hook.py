@@ -54,8 +54,9 @@ def original_function(module: nn.Module, original: str) -> Any:
 
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
+    if original == "eager":  # each modelling file has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[original]
 
 
 def causal_rows(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lightvlm_ext
-from lightvlm_ext import _errors, _library, ops, reference
+from lightvlm_ext import _library, ops, reference
 from tests.emulation.build import Control
 from tests.ops.backends import EMULATED, EMULATED_NAMESPACE, emulation_library, load_emulation
 
@@ -69,9 +69,8 @@ def test_reference_has_the_signature_of_the_op(name: str) -> None:
     assert inspect.getdoc(twin)
 
 
-def test_error_bits_agree_with_the_library() -> None:
-    assert _library.describe_error(_errors.NEGATIVE_KEEP).startswith("keep: must be >= 0")
-    assert _library.describe_error(_errors.SEGMENT_RANGE).startswith("segment:")
+def test_error_bits_have_texts() -> None:
+    assert _library.describe_error(1).startswith("index:")
     assert _library.describe_error(0) == ""
     assert _library.describe_error(1 << 30) == ""
 

@@ -35,7 +35,7 @@ class SlowDecoder:
         self.values: list[Tensor] = []
         self.queries: list[list[Tensor]] = [[] for _ in self.layers]
         self.kept: dict[int, list[Selected]] = {}
-        self.seen = self.steps = 0
+        self.seen = self.since = 0
         self.next_position = 0
 
     # -- prompt
@@ -179,29 +179,32 @@ class SlowDecoder:
             if total > 0:
                 out[j] = value / total
 
-    # -- one more token
+    # -- more tokens
 
-    @torch.no_grad()
     def step(self, token: int) -> Tensor:
         """Logits (V,) after one more token; compacts the stored keys when it is time."""
-        hidden = self.model.get_input_embeddings()(torch.tensor([token]))
-        position = torch.tensor([self.next_position])
-        self.next_position += 1
-        self.seen += 1
+        return self.extend({"input_ids": torch.tensor([[token]])})[0]
+
+    @torch.no_grad()
+    def extend(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits (S, V) of more tokens, none of which is ever reduced."""
+        hidden, _ = self._embed(inputs)
+        positions = self.next_position + torch.arange(len(hidden))
+        self.next_position += len(hidden)
+        self.seen += len(hidden)
         for index, layer in enumerate(self.layers):
-            query, key, value = self._project(layer, hidden, position)
+            query, key, value = self._project(layer, hidden, positions)
             self.keys[index] = torch.cat([self.keys[index], key], dim=1)
             self.values[index] = torch.cat([self.values[index], value], dim=1)
-            self.queries[index].append(query[:, 0])
+            self.queries[index] += query.unbind(dim=1)
             weights = _weights(query, self.keys[index], layer.self_attn.scaling)
             hidden = _finish(layer, hidden, weights, self.values[index])
-        logits = self._logits(hidden)[0]
-        self.steps += 1
-        if self.decode is not None and self.steps == self.decode["interval"]:
-            self.steps = 0
+        self.since += len(hidden)
+        if self.decode is not None and self.since >= self.decode["interval"]:
+            self.since = 0
             for index in range(len(self.layers)):
                 self._compact(index)
-        return logits
+        return self._logits(hidden)
 
     def _compact(self, index: int) -> None:
         assert self.decode is not None
@@ -212,7 +215,7 @@ class SlowDecoder:
         if stored <= budget:
             return
         scores = torch.zeros(stored, dtype=torch.float64)
-        queries = self.queries[index][-options["rows"] :]
+        queries = self.queries[index][-min(options["rows"], options["recent"]) :]
         scale = self.layers[index].self_attn.scaling
         for back, query in enumerate(reversed(queries)):
             visible = stored - back
