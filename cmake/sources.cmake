@@ -4,6 +4,7 @@
 if(NOT LIGHTVLM_OPS)
     set(LIGHTVLM_OPS
         compaction/compact_kv
+        importance/importance
         merging/gather_tokens
         selection/select
         selection/select_diverse

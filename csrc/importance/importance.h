@@ -9,7 +9,6 @@
 // that padding cannot change the order of a sum.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "common/cuda_types.h"
@@ -101,7 +100,6 @@ struct ImportanceParams {
 
 constexpr int kImportanceTile = 64;        // probes or targets of a block of the kernels
 constexpr int64_t kImportanceSplit = 512;  // targets of a block that computes a log-sum-exp
-constexpr int64_t kImportancePartWords = int64_t{4} << 20;
 
 // Words of the partial log-sum-exps of one probe tile of every slot.
 inline int64_t importance_tile_words(const ImportanceParams& params) {
@@ -109,14 +107,13 @@ inline int64_t importance_tile_words(const ImportanceParams& params) {
     return 2 * params.batch * params.slots() * kImportanceTile * splits;
 }
 
+// The least workspace. With more, more probe tiles share a launch.
 inline int64_t importance_workspace_words(const ImportanceParams& params) {
     int64_t words =
         params.batch * (2 * params.window + 3) + params.batch * params.key_heads * params.targets();
     if (params.lse == nullptr) {
-        const int64_t tiles = (params.probes() + kImportanceTile - 1) / kImportanceTile;
-        const int64_t tile_words = importance_tile_words(params);
-        words += 2 * params.batch * params.slots() * params.probes() +
-                 std::min(tiles * tile_words, std::max(tile_words, kImportancePartWords));
+        words += 2 * params.batch * params.slots() * params.probes();
+        if (params.probes() > 0) words += importance_tile_words(params);
     }
     return words;
 }

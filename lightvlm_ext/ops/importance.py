@@ -13,6 +13,7 @@ from .._observe import observed
 # As in csrc/importance/importance.h, which checks the size of the workspace.
 _PROBE_TILE = 64
 _TARGET_SPLIT = 512
+# Words after which the probe tiles of an own softmax take turns.
 _PART_WORDS = 4 << 20
 
 

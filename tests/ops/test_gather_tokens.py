@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ops.backends import BACKENDS, CPU, EMULATED, NATIVE, REFERENCE, Backend, load_emulation
 
 import lightvlm_ext
 from lightvlm_ext import ops
 from lightvlm_ext.ops.gather_tokens import MAX_TENSORS
+from tests.ops.backends import BACKENDS, CPU, EMULATED, NATIVE, REFERENCE, Backend, load_emulation
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 native_backend = pytest.mark.parametrize("backend", NATIVE, ids=str)
