@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 REFERENCE = "reference"
 """The name under which ``--model`` finds the reference VLM."""
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
+_ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default=None, help="cpu, cuda or cuda:N; default: a GPU where one is usable"
     )
-    parser.add_argument("--attention", default="sdpa", metavar="NAME",
-                        help="attention implementation of transformers; default %(default)s")  # fmt: skip
+    parser.add_argument("--attention", default="sdpa", choices=_ATTENTIONS,
+                        help="implementation of transformers; default %(default)s")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
