@@ -49,6 +49,7 @@ class Family:
             model.set_attn_implementation(attention)
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
+        model.generation_config.suppress_tokens = [58, 59, IMAGE_ID, VIDEO_ID]
         return model
 
     def make(self, decoder: dict[str, Any]) -> Any:
