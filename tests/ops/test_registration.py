@@ -88,7 +88,7 @@ def test_keep_counts() -> None:
 
 
 def test_a_library_without_the_op_is_named() -> None:
-    with pytest.raises(ImportError, match="has no op lightvlm::no_such_op: .* rebuild it"):
+    with pytest.raises(ImportError, match=r"has no op lightvlm::no_such_op: .* rebuild it"):
         _library.op("no_such_op")
 
 
