@@ -88,7 +88,10 @@ class CompactLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, _, length, _ = key_states.shape
         room = self.capacity if self.capacity is not None else length + _SLACK
-        if not (_fits(self.key_storage, key_states, room) and _fits(self.value_storage, value_states, room)):
+        if _fits(self.key_storage, key_states, room) and _fits(self.value_storage, value_states, room):
+            self.key_storage.zero_()
+            self.value_storage.zero_()
+        else:
             self.key_storage = _token_major(key_states, room)
             self.value_storage = _token_major(value_states, room)
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -224,8 +227,8 @@ class CompactLayer(CacheLayerMixin):
         keys = self.key_storage[:, :used].index_select(0, on_device)
         values = self.value_storage[:, :used].index_select(0, on_device)
         if len(rows) != len(self.ends):  # otherwise the buffers stay where they are
-            self.key_storage = _resized(self.key_storage, len(rows))
-            self.value_storage = _resized(self.value_storage, len(rows))
+            self.key_storage = _buffer(keys, len(rows), *self.key_storage.shape[1:])
+            self.value_storage = _buffer(values, len(rows), *self.value_storage.shape[1:])
         self.key_storage[:, :used], self.value_storage[:, :used] = keys, values
         self.starts = [self.starts[row] for row in rows]
         self.ends = [self.ends[row] for row in rows]
@@ -263,10 +266,15 @@ class CompactLayer(CacheLayerMixin):
 def _token_major(states: Tensor, room: int, copy: int = 0) -> Tensor:
     """A buffer (B, room, H, D) for states (B, H, S, D), with their first ``copy`` tokens in it."""
     batch, heads, _, width = states.shape
-    with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
-        buffer = torch.empty(batch, room, heads, width, dtype=states.dtype, device=states.device)
+    buffer = _buffer(states, batch, room, heads, width)
     buffer[:, :copy] = states[:, :, :copy].detach().transpose(1, 2)
     return buffer
+
+
+def _buffer(like: Tensor, *shape: int) -> Tensor:
+    """Zeros: a masked key still meets a weight of 0, which what lies about in fresh memory need not survive."""
+    with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
 def _fits(buffer: Tensor, states: Tensor, room: int) -> bool:
@@ -274,12 +282,6 @@ def _fits(buffer: Tensor, states: Tensor, room: int) -> bool:
     batch, heads, _, width = states.shape
     same = buffer.dtype == states.dtype and buffer.device == states.device
     return same and buffer.shape == (batch, room, heads, width)
-
-
-def _resized(buffer: Tensor, batch: int) -> Tensor:
-    """A buffer like this one for another number of rows."""
-    with torch.inference_mode(False):
-        return torch.empty(batch, *buffer.shape[1:], dtype=buffer.dtype, device=buffer.device)
 
 
 class CompactCache(Cache):
