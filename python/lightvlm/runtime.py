@@ -48,7 +48,9 @@ def attach(model: nn.Module, plan: Plan, *, trace: bool = False) -> Run:
         A handle, also a context manager: ``with lightvlm.attach(model, plan) as run: model.generate(...)``.
         ``forward()`` works too; where image tokens are reduced, ``logits`` and ``hidden_states`` get shorter:
         row b's last token stays last, and its tokens stand flush right. ``past_key_values`` of the output is
-        the cache to go on with.
+        the cache to go on with; an empty ``DynamicCache`` that was passed becomes it. Where the logits of the
+        last k > 1 tokens are asked for (``logits_to_keep=k``), those after the first of them are answers to be
+        rated or drafts to be verified, and have no say in which image tokens stay.
 
     Raises:
         TypeError: model or plan of the wrong kind, or a model class that lightvlm does not know.
@@ -89,6 +91,7 @@ class Run:
         self._cache: CompactCache | None = None
         self._layout: BatchLayout | None = None
         self._prompt = False
+        self._drafts = 0
         self._started = 0.0
         self._stats = _Statistics(len(adapter.layers))
         self._observe = observe
@@ -99,7 +102,7 @@ class Run:
         self._original: str = config._attn_implementation
         self._name = attention_hook.register(self._original)
         self._handles = [
-            adapter.model.register_forward_pre_hook(self._refuse_labels, with_kwargs=True),
+            adapter.model.register_forward_pre_hook(self._before_head, with_kwargs=True),
             adapter.base.register_forward_pre_hook(self._before_model, with_kwargs=True),
             adapter.base.register_forward_hook(self._after_model, always_call=True),
         ]
@@ -146,16 +149,19 @@ class Run:
     # -- hooks
     # -------------------------------------------------------------------------------------------------
 
-    def _refuse_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        labels = kwargs.get("labels")
+    def _before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What the model with its head is asked for, which its base does not see."""
         if args:
-            labels = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("labels")
-        if labels is not None and self._reduces:
+            kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        if kwargs.get("labels") is not None and self._reduces:
             raise ValueError("labels cannot be used while a plan shortens the sequence; detach the run first")
+        wanted = kwargs.get("logits_to_keep")
+        self._drafts = max(0, wanted - 1) if isinstance(wanted, int) else 0
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = self._signature.bind(*args, **kwargs).arguments
         inputs.update(inputs.pop("kwargs", {}))
+        drafts, self._drafts = self._drafts, 0
         self._forget()
         current = self._adapter.decoder.config._attn_implementation
         if current != self._name:
@@ -167,7 +173,7 @@ class Run:
         if cache is not None and cache.get_seq_length() > 0:
             self._continue(cache, inputs)
         else:
-            self._begin(cache, inputs)
+            self._begin(cache, inputs, drafts)
         self._observer = self._observe(self._stats.add_op)
         self._observer.__enter__()
         return (), inputs
@@ -182,21 +188,24 @@ class Run:
         if self._reduces and self._adapter.has_pixels(inputs):
             self._stats.step_aside("an image arrived on a cache that already holds tokens")
 
-    def _begin(self, cache: Any, inputs: dict[str, Any]) -> None:
+    def _begin(self, cache: Any, inputs: dict[str, Any], drafts: int) -> None:
         """A prompt on an empty cache: plan its reduction and put a CompactCache in the place of a dynamic one."""
         self._prompt = True
         if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
             return None  # the model says it better
+        replaceable = cache is None or _replaceable(cache)
+        if not replaceable:
+            self._step_aside(f"{_describe(cache)} was given; leave it out or pass a CompactCache")
         mask = inputs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            return self._step_aside("the attention mask is not a 2-D padding mask")
         try:
+            if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+                raise LayoutError("the attention mask is not a 2-D padding mask")
             self._layout = self._read_layout(inputs, mask)
         except LayoutError as error:
-            return self._step_aside(str(error))
-        if cache is not None and not _replaceable(cache):
-            return self._step_aside(f"{_describe(cache)} was given; leave it out or pass a CompactCache")
-        self._prefill = self._plan_prefill(self._layout, inputs)
+            return self._step_aside(str(error)) if replaceable else None
+        if not replaceable:
+            return None
+        self._prefill = self._plan_prefill(self._layout, inputs, drafts)
         use_cache = inputs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self._adapter.decoder.config, "use_cache", True)
@@ -235,7 +244,7 @@ class Run:
         own.begin(self, [row.leftpad for row in layout.rows])
         return own
 
-    def _plan_prefill(self, layout: BatchLayout, inputs: dict[str, Any]) -> Prefill | None:
+    def _plan_prefill(self, layout: BatchLayout, inputs: dict[str, Any], drafts: int) -> Prefill | None:
         part = self.plan.prefill
         if not self._reduces or not layout.has_images:
             return None
@@ -246,7 +255,7 @@ class Run:
             return None
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         self.kept = {}
-        return Prefill(part, layout, len(self._adapter.layers), tokens.device)
+        return Prefill(part, layout, len(self._adapter.layers), tokens.device, drafts)
 
     def _before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._prefill is None:

@@ -71,11 +71,16 @@ def plan_stage(level: Level, originals: list[tuple[int, ...] | None], keep: floa
 
 
 class Prefill:
-    """Reduces the hidden states of one prompt on their way through the layers."""
+    """Reduces the hidden states of one prompt on their way through the layers.
 
-    def __init__(self, part: PrefillPart, layout: BatchLayout, layers: int, device: torch.device) -> None:
+    The last ``drafts`` tokens are answers to be verified or rated, not part of the question: they do not score.
+    """
+
+    def __init__(
+        self, part: PrefillPart, layout: BatchLayout, layers: int, device: torch.device, drafts: int = 0
+    ) -> None:
         self.part = part
-        self.layers = layers
+        self.drafts = drafts
         first = Level(layout.rows, layout.length)
         self.levels = [first]
         self.stages: dict[int, StagePlan] = {}
@@ -112,7 +117,7 @@ class Prefill:
         probe = self.part.probe
         assert probe is not None
         positions = [
-            _probe_positions(row, start, probe)
+            _probe_positions(row, start, probe, self.drafts)
             for row, start in zip(self.level.rows, self.level.starts, strict=True)
         ]
         rows, row_pos = _gather_rows(query.transpose(1, 2), positions)
@@ -200,11 +205,12 @@ def _tokens_back(x: Tensor, dims: int) -> Tensor:
     return x if dims == 3 else x.permute(2, 0, 1, 3)
 
 
-def _probe_positions(row: RowLayout, start: int, probe: Probe) -> list[int]:
+def _probe_positions(row: RowLayout, start: int, probe: Probe, drafts: int) -> list[int]:
     """Where the probe rows of a row of the batch stand: text after an image, else its last token."""
+    end = row.tokens - (drafts if drafts <= row.trailing_text else 0)
     positions = row.text_positions_after_image() if probe.rows == "text" else []
-    positions = positions[-probe.limit :] or [row.tokens - 1]
-    return [start + position for position in positions]
+    positions = [position for position in positions if position < end][-probe.limit :]
+    return [start + position for position in positions or [end - 1]]
 
 
 def _gather_rows(query: Tensor, positions: list[list[int]]) -> tuple[Tensor, list[list[int]]]:
