@@ -216,12 +216,24 @@ def test_lengths_of_forward(model: Any, family: Family) -> None:
     assert run.report().tokens_per_layer == [(text + 4 * kept) / 4 for kept in (16, 9, 9, 5, 5)]
 
 
-def test_logits_to_keep(model: Any, family: Family) -> None:
+@pytest.mark.parametrize("name", ["default", "score-last"])
+def test_rating_an_answer(model: Any, family: Family, name: str) -> None:
+    """logits_to_keep says which tokens are the answer; the logits are those of generating it."""
+    with torch.no_grad(), lightvlm.attach(model, lightvlm_plan(**OPTIONS[name])):
+        tokens, expected = generate_logits(model, family.batch(ROWS), 5)
+        answered = [[*row, *tokens[b, :-1].tolist()] for b, row in enumerate(ROWS)]
+        found = model(**prompt(family, answered), logits_to_keep=5).logits
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 4 * noise(model, family, ROWS) + 1e-5
+
+
+def test_logits_of_one_token(model: Any, family: Family) -> None:
     inputs = prompt(family, ROWS)
     with torch.no_grad(), lightvlm.attach(model, lightvlm_plan()):
-        assert torch.allclose(
-            model(**inputs, logits_to_keep=2).logits, model(**inputs).logits[:, -2:], atol=1e-4
-        )
+        expected = model(**inputs).logits
+        assert torch.allclose(model(**inputs, logits_to_keep=1).logits, expected[:, -1:], atol=1e-4)
+        # more than the text behind the last image cannot be an answer
+        assert torch.allclose(model(**inputs, logits_to_keep=22).logits, expected, atol=1e-4)
 
 
 def test_tuples_instead_of_outputs(model: Any, family: Family) -> None:
