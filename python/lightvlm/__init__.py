@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache import CompactCache
-    from .methods import LightVLM, Random, method, method_names
+    from lightvlm_ext._version import __version__
+
+from .methods import LightVLM, Random, method, method_names
     from .plan import Plan
     from .report import Report
     from .runtime import Run, attach
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CompactCache",
@@ -27,6 +27,7 @@ __all__ = [
     "Random",
     "Report",
     "Run",
+    "__version__",
     "attach",
     "method",
     "method_names",
