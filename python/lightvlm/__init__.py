@@ -11,11 +11,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lightvlm_ext._version import __version__
+
 if TYPE_CHECKING:
     from .cache import CompactCache
-    from lightvlm_ext._version import __version__
-
-from .methods import LightVLM, Random, method, method_names
+    from .methods import LightVLM, Random, method, method_names
     from .plan import Plan
     from .report import Report
     from .runtime import Run, attach
