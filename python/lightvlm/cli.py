@@ -86,6 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except SystemExit as stop:  # argparse: --help, --version, a usage error
         return stop.code if isinstance(stop.code, int) else 1
+    except BrokenPipeError:  # whoever read our output, `head` say, has enough
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or the interpreter complains when it ends
+        return 1
     except KeyboardInterrupt:
         print("lightvlm: interrupted", file=sys.stderr)
         return 1

@@ -64,7 +64,6 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     folder = tmp_path_factory.mktemp("qwen")
     words = [
@@ -93,7 +92,9 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.chat_template = QWEN_TEMPLATE
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=224 * 224).save_pretrained(folder)
+    # As in the folders on the hub, which name a class that needs torchvision in some versions of transformers.
+    processor = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 56**2, "max_pixels": 224**2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     config = Qwen2_5_VLConfig(
         vision_config={
             "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64,

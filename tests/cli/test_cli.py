@@ -80,6 +80,15 @@ def test_runs_as_a_module():
     assert result.stderr.count("\n") == 1
 
 
+def test_a_reader_that_leaves_early(tmp_path):
+    code = (
+        "import os, sys; read, write = os.pipe(); os.close(read); os.dup2(write, 1);"
+        "from lightvlm.cli import main; sys.exit(main(['doctor']))"
+    )
+    result = python(code)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
 def test_a_strange_error_takes_one_line(call, monkeypatch):
     def fail(args):
         raise KeyError("several\nlines " + "x" * 5000)
