@@ -1,0 +1,139 @@
+"""One host read per prompt, none per layer or token: between the first layer and the last, nobody asks the device.
+
+On a CPU a read costs nothing, so it is counted instead: what would be a read of a device tensor on a GPU. The ops'
+own checks of values are left out; they happen on CPU tensors alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightvlm
+import pytest
+import torch
+from lightvlm.methods.decode_compaction import DecodeCompaction
+from python.test_prefill import OPTIONS, ROWS, lightvlm_plan
+from python.tiny import Family, generate
+from torch.utils._python_dispatch import TorchDispatchMode
+
+READS = (
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "nonzero",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "__len__",
+)
+DISPATCHED = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2")
+
+
+def in_ops() -> bool:
+    """Whether the caller is an op or its reference."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if "lightvlm_ext" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
+class _Counter(TorchDispatchMode):
+    """Counts calls that wait for a value, in the dispatcher and on tensors."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        indexed = name in ("index", "index_put_", "index_put") and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        if (name in DISPATCHED or indexed) and not in_ops():
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted_reads(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Reads between the entry of the first decoder layer and the end of the base model's call, hooks included."""
+    found: list[str] = []
+    open_: list[_Counter] = []
+
+    def watch(name: str) -> Any:
+        original = getattr(torch.Tensor, name)
+
+        def counting(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if open_ and name != "__len__" and not in_ops():
+                found.append(name)
+            return original(self, *args, **kwargs)
+
+        return counting
+
+    def enter(module: Any, args: Any) -> None:
+        open_.append(_Counter(found))
+        open_[0].__enter__()
+
+    def leave(module: Any, args: Any, output: Any) -> None:
+        open_.pop().__exit__(None, None, None)
+
+    with monkeypatch.context() as patch:
+        for name in READS:
+            patch.setattr(torch.Tensor, name, watch(name))
+        # ours come first at the layer and last at the model: registered before and after those of attach
+        handles = [
+            model.model.language_model.layers[0].register_forward_pre_hook(enter, prepend=True),
+            model.model.register_forward_hook(leave),
+        ]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "random"])
+def test_no_reads_between_layers(
+    model: Any, family: Family, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = (
+        lightvlm_plan(**OPTIONS[name]).prefill
+        if name in OPTIONS
+        else lightvlm.Random(0.3, min_image_tokens=0).prefill
+    )
+    plan = lightvlm.Plan(
+        prefill=part, cache=DecodeCompaction(keep=0.2, interval=3, sinks=1, recent=4, rows=3)
+    )
+    with lightvlm.attach(model, plan) as run, counted_reads(model, monkeypatch) as found:
+        generate(model, family.batch(ROWS), 10)
+    assert run.report().compactions == 3
+    assert found == []
+
+
+def test_the_counter_counts(llava: Any, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads of every kind, put into a layer, are found."""
+    from python.tiny import LLAVA
+
+    layer = llava.model.language_model.layers[2]
+
+    def read(module: Any, args: Any) -> None:
+        x = args[0]
+        x.sum().item()
+        x[0, 0].tolist()
+        bool((x > 0).any())
+        x[x > 0]
+        (x > 0).nonzero()
+        x.cpu()
+
+    with counted_reads(llava, monkeypatch) as found:
+        handle = layer.register_forward_pre_hook(read)
+        generate(llava, LLAVA.batch(ROWS[:1]), 1)
+        handle.remove()
+    assert {"item", "tolist", "__bool__", "index", "nonzero", "cpu"} <= set(found)
