@@ -109,7 +109,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "questions": len(questions),
         "rows": [
-            row(case, outcome, processor, questions) for case, outcome in zip(trials, outcomes, strict=True)
+            row(case, outcome, processor, questions, model.config.image_seq_length)
+            for case, outcome in zip(trials, outcomes, strict=True)
         ],
         "decode": decode,
         "op_calls": dict(sorted(calls.items())),
@@ -147,16 +148,17 @@ def encode(processor: Any, scenes: list[Scene], questions: list[Question]) -> Ba
     return processor(text=texts, images=[scene.image for scene in scenes], padding=True, return_tensors="pt")
 
 
-def row(case: Case, outcome: Outcome, processor: Any, questions: list[Question]) -> dict[str, Any]:
+def row(
+    case: Case, outcome: Outcome, processor: Any, questions: list[Question], image_tokens: int
+) -> dict[str, Any]:
     """A case's row of the table."""
-    from .reference_vlm.build import IMAGE_TOKENS
     from .reference_vlm.evaluate import summarise
     from .reference_vlm.questions import score
 
     texts = processor.batch_decode(outcome.answers, skip_special_tokens=True)
     by_kind = summarise(questions, [score(q, text) for q, text in zip(questions, texts, strict=True)])
     report = outcome.report
-    kept = report.image_tokens_kept if report is not None else [float(IMAGE_TOKENS)]
+    kept = report.image_tokens_kept if report is not None else [float(image_tokens)]
     return {
         "method": case.method,
         "keep": case.keep,

@@ -7,6 +7,7 @@ the image has features.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,20 +29,18 @@ def load_processor(name_or_path: str, config: PretrainedConfig, **options: Any) 
 
     Raises:
         ValueError: no image processor there.
-        ImportError: a class that cannot be built here and that we do not compose.
+        ImportError: a class that cannot be built here.
     """
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-    try:
-        processor = AutoProcessor.from_pretrained(name_or_path, **options)
-    except ImportError:
-        if config.model_type not in COMPOSED:
-            raise
+    # Asked beforehand, because what the class raises without torchvision differs between versions of transformers.
+    if config.model_type in COMPOSED and importlib.util.find_spec("torchvision") is None:
         return QwenImages(
             AutoImageProcessor.from_pretrained(name_or_path, **options),
             AutoTokenizer.from_pretrained(name_or_path, **options),
             config,
         )
+    processor = AutoProcessor.from_pretrained(name_or_path, **options)
     if getattr(processor, "image_processor", None) is None:
         raise ValueError(f"{name_or_path} has no image processor (preprocessor_config.json)")
     return processor
