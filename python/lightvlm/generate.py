@@ -84,9 +84,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         folder, dtype=_dtype(args.dtype, config, device), attn_implementation=args.attention
     )
     model = model.eval().to(device)
-    inputs = encode(processor, images, args.prompt).to(device, model.dtype)
+    encoded = encode(processor, images, args.prompt).to(device, model.dtype)
     known = inspect.signature(model.forward).parameters  # older versions do without mm_token_type_ids
-    inputs = {name: value for name, value in inputs.items() if name in known}
+    inputs = {name: value for name, value in encoded.items() if name in known}
     with attach(model, plan) as handle, torch.inference_mode():
         tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
     new = tokens[:, inputs["input_ids"].shape[1] :]
