@@ -6,6 +6,7 @@ if(NOT LIGHTVLM_OPS)
         compaction/compact_kv
         importance/importance
         merging/gather_tokens
+        merging/merge_tokens
         selection/select
         selection/select_diverse
     )

@@ -28,6 +28,10 @@ STABLE_TORCH_LIBRARY(lightvlm, m) {
     m.def(
         "compact_kv(Tensor(a!)[] caches, int[] layer, int[] token_dim, Tensor[] index, "
         "Tensor[] count, Tensor(b!)? error) -> ()");
+    m.def(
+        "merge_tokens(Tensor x, Tensor metric, Tensor index, Tensor count, Tensor weight, "
+        "Tensor group, bool right, Tensor(a!) out, Tensor(b!)? target, Tensor(c!)? workspace, "
+        "Tensor(d!)? error) -> ()");
 }
 
 #if !defined(LIGHTVLM_EMULATION)

@@ -6,3 +6,10 @@
 #else
 #define LIGHTVLM_HOST_DEVICE inline __attribute__((always_inline))
 #endif
+
+// Before a loop over an array that has to stay in registers; g++ does not know nvcc's pragma.
+#if defined(__CUDACC__)
+#define LIGHTVLM_UNROLL _Pragma("unroll")
+#else
+#define LIGHTVLM_UNROLL
+#endif

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 namespace lightvlm {
@@ -25,6 +26,21 @@ void parallel_items(int64_t items, int64_t steps_per_item, const Fn& fn) {
         return;
     }
     torch::stable::parallel_for(0, items, grain, fn);
+}
+
+// fn(item) for each item, where items differ in cost: a thread that is done takes the next one.
+template <typename Fn>
+void parallel_dynamic(int64_t items, int64_t steps_per_item, const Fn& fn) {
+    std::atomic<int64_t> next{0};
+    const auto work = [&](int64_t, int64_t) {
+        for (int64_t item = next++; item < items; item = next++) fn(item);
+    };
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
+    if (threads <= 1 || items * std::max<int64_t>(1, steps_per_item) <= kParallelGrain) {
+        work(0, 1);
+    } else {
+        torch::stable::parallel_for(0, threads, 1, work);
+    }
 }
 
 }  // namespace lightvlm

@@ -2,6 +2,9 @@
 // emulation that keeps what may go wrong on the device visible (docs/emulation.md).
 #pragma once
 
+#include <type_traits>
+
+#include "common/float16.cuh"
 #include "common/launch.h"
 
 namespace lightvlm::ptx {
@@ -40,6 +43,81 @@ __device__ __forceinline__ void cp_async_wait() {
     emulation::finish_copies(kPending);
 #else
     asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+#endif
+}
+
+#ifdef LIGHTVLM_EMULATION
+namespace detail {
+
+struct MmaPayload {
+    float* d;
+    const uint32_t* a;
+    const uint32_t* b;
+};
+
+template <typename T>
+float half_of(uint32_t pair, int which) {
+    return to_float(T{static_cast<uint16_t>(pair >> (16 * which))});
+}
+
+template <typename T>
+void combine_mma(void* const payloads[emulation::kWarpLanes], unsigned) {
+    float a[16][16];
+    float b[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+        const auto* own = static_cast<const MmaPayload*>(payloads[lane]);
+        const int group = lane / 4;
+        const int pair = lane % 4 * 2;
+        for (int i = 0; i < 2; ++i) {
+            for (int part = 0; part < 4; ++part) {
+                a[group + part % 2 * 8][pair + part / 2 * 8 + i] = half_of<T>(own->a[part], i);
+            }
+            for (int part = 0; part < 2; ++part) {
+                b[pair + part * 8 + i][group] = half_of<T>(own->b[part], i);
+            }
+        }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+        float* d = static_cast<const MmaPayload*>(payloads[lane])->d;
+        for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + i / 2 * 8;
+            const int column = lane % 4 * 2 + i % 2;
+            for (int k = 0; k < 16; ++k) d[i] += a[row][k] * b[k][column];
+        }
+    }
+}
+
+}  // namespace detail
+#endif
+
+// mma.sync: d += a b over the warp, a 16 x 16 and b 16 x 8 of T = half_t or bfloat16_t, d in fp32.
+// With group = lane / 4 and pair = lane % 4 * 2, a lane holds (two neighbouring values a register,
+// the lower index in the lower half)
+//   a[part]  row group + part % 2 * 8, columns pair + part / 2 * 8 and the next    part in [0, 4)
+//   b[part]  rows pair + part * 8 and the next, column group                       part in [0, 2)
+//   d[i]     row group + i / 2 * 8, column pair + i % 2                            i in [0, 4)
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]) {
+    static_assert(std::is_same_v<T, half_t> || std::is_same_v<T, bfloat16_t>);
+#ifdef LIGHTVLM_EMULATION
+    static constexpr emulation::WarpCollective kMma{"mma_m16n8k16", detail::combine_mma<T>};
+    detail::MmaPayload payload{d, a, b};
+    emulation::warp_collective(kMma, emulation::kFullMask, &payload, emulation::Site::current());
+#else
+    if constexpr (std::is_same_v<T, half_t>) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    } else {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
 #endif
 }
 

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "common/device_error.cuh"
+#include "common/host_device.h"
 #include "common/launch.h"
 #include "compaction/compact_kv.h"
 
@@ -92,11 +93,13 @@ __device__ __forceinline__ void compact_rows(const CompactSlice& slice) {
 
     const auto slot_of = [&](int64_t t, int u) { return t * tile + u * rows_at_once + own_row; };
     const auto find = [&](int64_t t, int32_t* sources) {
+        LIGHTVLM_UNROLL
         for (int u = 0; u < kCompactUnroll; ++u) {
             sources[u] = active ? compact_source(slice, slot_of(t, u)) : -1;
         }
     };
     const auto load = [&](const int32_t* sources, Vector* held) {
+        LIGHTVLM_UNROLL
         for (int u = 0; u < kCompactUnroll; ++u) {
             if (sources[u] < 0) continue;
             // Not through L1, nor the read-only path: these rows are written, too.
@@ -117,12 +120,14 @@ __device__ __forceinline__ void compact_rows(const CompactSlice& slice) {
         load(next_sources, next_held);
         find(t + 2, after_sources);
         __syncthreads();
+        LIGHTVLM_UNROLL
         for (int u = 0; u < kCompactUnroll; ++u) {
             if (sources[u] < 0) continue;
             __stcs(
                 reinterpret_cast<Vector*>(slice.data + slot_of(t, u) * slice.token_stride + column),
                 held[u]);
         }
+        LIGHTVLM_UNROLL
         for (int u = 0; u < kCompactUnroll; ++u) {
             held[u] = next_held[u];
             sources[u] = next_sources[u];

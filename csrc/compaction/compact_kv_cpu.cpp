@@ -3,7 +3,6 @@
 // is prefetched, since hardware prefetchers do not foresee the gaps; large moves store past the
 // caches, which saves reading each destination line first.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <iterator>
 #include <vector>
@@ -219,17 +218,13 @@ Status compact_kv_cpu(const CompactKvParams& params) {
         slices.push_back(slices_of(params.tensors[t], wanted, total));
         total += slices.back().count();
     }
-    // Slices differ in size: a thread that is done takes the next one.
-    std::atomic<int64_t> next{0};
-    const auto work = [&](int64_t, int64_t) {
-        for (int64_t number = next++; number < total; number = next++) {
-            const auto after = std::upper_bound(
-                slices.begin(), slices.end(), number,
-                [](int64_t value, const Slices& candidate) { return value < candidate.first; });
-            std::prev(after)->move(number, bytes >= kStreamBytes);
-        }
+    const auto move = [&](int64_t number) {
+        const auto after = std::upper_bound(
+            slices.begin(), slices.end(), number,
+            [](int64_t value, const Slices& candidate) { return value < candidate.first; });
+        std::prev(after)->move(number, bytes >= kStreamBytes);
     };
-    parallel_items(std::min(threads, total), bytes / kLineBytes / threads, work);
+    parallel_dynamic(total, bytes / kLineBytes / std::max<int64_t>(1, total), move);
     return {};
 }
 

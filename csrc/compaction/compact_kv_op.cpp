@@ -183,9 +183,9 @@ void compact_kv_op(const std::vector<Tensor>& caches,      // rows along token_d
                    const std::vector<int64_t>& layer,      // which index moves each
                    const std::vector<int64_t>& token_dim,  // 1 or 2; with an index per head the
                                                            // other of the two is the head
-                   const std::vector<Tensor>& index,      // [B, M] or [B, Hkv, M] int32
-                   const std::vector<Tensor>& count,      // [B] or [B, Hkv] int32
-                   const std::optional<Tensor>& error) {  // [1] int32, device error word
+                   const std::vector<Tensor>& index,       // [B, M] or [B, Hkv, M] int32
+                   const std::vector<Tensor>& count,       // [B] or [B, Hkv] int32
+                   const std::optional<Tensor>& error) {   // [1] int32, device error word
     const auto layers = static_cast<int64_t>(index.size());
     check(index.size() == count.size(), "index, count: have ", index.size(), " and ", count.size(),
           " entries, must have as many");

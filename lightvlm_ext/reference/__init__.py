@@ -9,7 +9,16 @@ from .._types import Selection
 from .compact_kv import compact_kv_
 from .gather_tokens import gather_tokens
 from .importance import importance
+from .merge_tokens import merge_tokens
 from .select import select
 from .select_diverse import select_diverse
 
-__all__ = ["Selection", "compact_kv_", "gather_tokens", "importance", "select", "select_diverse"]
+__all__ = [
+    "Selection",
+    "compact_kv_",
+    "gather_tokens",
+    "importance",
+    "merge_tokens",
+    "select",
+    "select_diverse",
+]

@@ -1,56 +1,118 @@
-"""Plain-torch reference of the ``merge_tokens`` op; also takes float64."""
+"""merge_tokens, in plain torch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Literal, overload
 
 import torch
-from torch import Tensor
 
-from .gather_tokens import gather_tokens
+from .._checks import FLOATING
+from .._merge_args import check_merge
+from .._types import Selection
 
-if TYPE_CHECKING:
-    from ..ops import Selection
+
+@overload
+def merge_tokens(
+    x: torch.Tensor,
+    selection: Selection,
+    weight: torch.Tensor,
+    group: torch.Tensor,
+    *,
+    metric: torch.Tensor | None = ...,
+    align: str = ...,
+    return_target: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def merge_tokens(
+    x: torch.Tensor,
+    selection: Selection,
+    weight: torch.Tensor,
+    group: torch.Tensor,
+    *,
+    metric: torch.Tensor | None = ...,
+    align: str = ...,
+    return_target: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def merge_tokens(
-    x: Tensor, selection: Selection, weight: Tensor, group: Tensor, *, metric: Tensor | None = None, align: str = "left"
-) -> Tensor:
-    """See :func:`lightvlm_ext.ops.merge_tokens`. Sums run in ascending token order; float64 stays float64."""
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    metric = x if metric is None else metric
-    out = gather_tokens(x, selection.index, selection.count)
-    for row in range(x.shape[0]):
-        _merge_row(out[row], x[row], selection, row, weight[row].to(compute), group[row], metric[row].to(compute))
-    if align == "right":
-        slots = torch.arange(out.shape[1], device=out.device, dtype=torch.int32).expand(out.shape[0], -1)
-        out = gather_tokens(out, slots, selection.count, align="right")
-    return out
+    x: torch.Tensor,
+    selection: Selection,
+    weight: torch.Tensor,
+    group: torch.Tensor,
+    *,
+    metric: torch.Tensor | None = None,
+    align: str = "left",
+    return_target: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """As `lightvlm_ext.ops.merge_tokens`; all arithmetic is float64, and x, metric and weight may be. Raises on
+    every device."""
+    dtypes = (*FLOATING, torch.float64)
+    args = check_merge(x, selection, weight, group, metric=metric, align=align, dtypes=dtypes)
+    index, count, _ = args.selection
+    rows, tokens, width = x.shape
+    slots = index.shape[1]
+    out = torch.zeros((rows, slots, width), dtype=x.dtype, device=x.device)
+    target = torch.full((rows, tokens), -1, dtype=torch.int32, device=x.device)
+    for row in range(rows):
+        kept = _kept_of(row, index, count, tokens)
+        if not bool((args.weight[row].isfinite() & (args.weight[row] >= 0)).all()):
+            raise ValueError(f"weight: row {row} must be finite and >= 0")
+        target[row] = _targets(_unit(args.metric[row]), kept, args.group[row])
+        first = slots - len(kept) if args.right else 0
+        out[row, first : first + len(kept)] = _merge(x[row], kept, target[row], args.weight[row].double())
+    return (out, target) if return_target else out
 
 
-def _merge_row(
-    out: Tensor, x: Tensor, selection: Selection, row: int, weight: Tensor, group: Tensor, metric: Tensor
-) -> None:
-    """Merge one row's dropped tokens into ``out`` (M, C)."""
-    kept = selection.index[row, : int(selection.count[row])].long()
-    is_kept = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+def _kept_of(row: int, index: torch.Tensor, count: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Kept tokens of a row, int64."""
+    if not 0 <= int(count[row]) <= index.shape[1]:
+        raise ValueError(f"count: row {row} has {int(count[row])}, must be in [0, {index.shape[1]}]")
+    kept = index[row, : int(count[row])].long()
+    if bool(((kept < 0) | (kept >= tokens)).any()):
+        raise ValueError(f"index: row {row} has an entry outside [0, {tokens})")
+    if bool((kept[1:] <= kept[:-1]).any()):
+        raise ValueError(f"index: row {row} must be strictly ascending up to count")
+    return kept
+
+
+def _unit(metric: torch.Tensor) -> torch.Tensor:
+    """Rows of length 1 in float64, or 0 for a zero vector and for one with NaN or infinity."""
+    vectors = torch.where(metric.isfinite().all(dim=-1, keepdim=True), metric, 0).double()
+    # The largest first: squares of a float64 overflow, too.
+    vectors = (
+        vectors / vectors.abs().amax(dim=-1, keepdim=True).clamp_min(5e-324) if metric.shape[-1] else vectors
+    )
+    length = vectors.norm(dim=-1, keepdim=True)
+    return torch.where(length > 0, vectors / length, 0)
+
+
+def _targets(unit: torch.Tensor, kept: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """For each token the position in `kept` of the one it goes to, or -1."""
+    target = torch.full_like(group, -1)
+    target[kept] = torch.arange(len(kept), dtype=torch.int32, device=group.device)
+    dropped = ((target < 0) & (group >= 0)).nonzero().flatten()
+    allowed = group[dropped][:, None] == group[kept]
+    if allowed.numel() == 0:
+        return target
+    cosine = torch.where(allowed, unit[dropped] @ unit[kept].T, -torch.inf)
+    # argmax need not give the first of equals; the first that reaches the maximum is.
+    best = (cosine == cosine.amax(dim=1, keepdim=True)).int().argmax(dim=1).int()
+    target[dropped] = torch.where(allowed.any(dim=1), best, -1)
+    return target
+
+
+def _merge(x: torch.Tensor, kept: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    merged = x[kept]
+    is_kept = torch.zeros_like(target, dtype=torch.bool)
     is_kept[kept] = True
-    dropped = torch.nonzero(~is_kept & (group >= 0)).flatten()
-    if not len(kept) or not len(dropped):
-        return
-    length = metric.norm(dim=-1, keepdim=True)
-    unit = torch.where(length > 0, metric / length, 0.0)
-    cosine = unit[dropped] @ unit[kept].T
-    allowed = (group[dropped][:, None] == group[kept][None]) & (group[kept] >= 0)[None]
-    cosine = torch.where(allowed, cosine, -torch.inf)
-    # argmax need not give the first of equals; the first index that reaches the maximum does
-    best = (cosine == cosine.amax(dim=1, keepdim=True)).int().argmax(dim=1)
-    for slot in torch.unique(best[allowed.any(dim=1)]).tolist():
-        total = weight[kept[slot]].clone()
-        value = total * x[kept[slot]].to(weight.dtype)
-        arrives = dropped[(best == slot) & allowed.any(dim=1)]
-        for token in arrives.tolist():  # ascending, as the op sums
-            value = value + weight[token] * x[token].to(weight.dtype)
-            total = total + weight[token]
-        if total > 0:
-            out[slot] = (value / total).to(out.dtype)
+    arrives = (target >= 0) & ~is_kept & (weight > 0)
+    for entry in target[arrives].unique().tolist():
+        tokens = (arrives & (target == entry)).nonzero().flatten()
+        if weight[kept[entry]] > 0:
+            tokens = torch.cat([kept[entry : entry + 1], tokens])
+        share = (weight[tokens] / weight[tokens].sum())[:, None]
+        merged[entry] = (share * x[tokens].double()).sum(dim=0).to(x.dtype)
+    return merged

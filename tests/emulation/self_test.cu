@@ -181,6 +181,32 @@ __global__ void async_copy_kernel(const float4* in, float4* out, int tiles, int 
     ptx::cp_async_wait<0>();
 }
 
+// One warp: d (16 x 8) += a (16 x 16) b (16 x 8), all row-major, fragments gathered by hand.
+template <typename T>
+__global__ void mma_kernel(const T* a, const T* b, float* d) {
+    const int lane = static_cast<int>(threadIdx.x);
+    const int group = lane / 4;
+    const int pair = lane % 4 * 2;
+    const auto two = [](T low, T high) {
+        return low.bits | static_cast<uint32_t>(high.bits) << 16;
+    };
+    uint32_t a_registers[4];
+    uint32_t b_registers[2];
+    float d_registers[4];
+    for (int part = 0; part < 4; ++part) {
+        const T* from = a + 16 * (group + part % 2 * 8) + pair + part / 2 * 8;
+        a_registers[part] = two(from[0], from[1]);
+    }
+    for (int part = 0; part < 2; ++part) {
+        const T* from = b + 8 * (pair + part * 8) + group;
+        b_registers[part] = two(from[0], from[8]);
+    }
+    const auto place = [&](int i) { return 8 * (group + i / 2 * 8) + pair + i % 2; };
+    for (int i = 0; i < 4; ++i) d_registers[i] = d[place(i)];
+    ptx::mma_m16n8k16<T>(d_registers, a_registers, b_registers);
+    for (int i = 0; i < 4; ++i) d[place(i)] = d_registers[i];
+}
+
 // ---- Depends on the order of threads -------------------------------------------------------
 
 __global__ void order_kernel(int* counter, int* order) {
@@ -372,6 +398,15 @@ SELF_TEST run_async_copy(int waits, const void* in, void* out, int tiles, int va
     return launch("async_copy", waits != 0 ? async_copy_kernel<true> : async_copy_kernel<false>,
                   dim3(1), dim3(64), sizeof(CopyShared), nullptr, static_cast<const float4*>(in),
                   static_cast<float4*>(out), tiles, valid);
+}
+
+SELF_TEST run_mma(int is_half, const void* a, const void* b, float* d) {
+    if (is_half != 0) {
+        return launch("mma", mma_kernel<half_t>, dim3(1), dim3(32), 0, nullptr,
+                      static_cast<const half_t*>(a), static_cast<const half_t*>(b), d);
+    }
+    return launch("mma", mma_kernel<bfloat16_t>, dim3(1), dim3(32), 0, nullptr,
+                  static_cast<const bfloat16_t*>(a), static_cast<const bfloat16_t*>(b), d);
 }
 
 SELF_TEST run_order(int* counter, int* order, int blocks, int threads) {

@@ -218,6 +218,15 @@ def test_async_copies_arrive_when_waited_for(t: SelfTest) -> None:
     assert np.isnan(out[0]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mma_is_a_matrix_product(t: SelfTest, dtype: torch.dtype) -> None:
+    a, b = torch.randint(-8, 9, (16, 16)).to(dtype), torch.randint(-8, 9, (16, 8)).to(dtype)
+    d = np.random.default_rng(0).integers(-8, 9, (16, 8)).astype(np.float32)
+    expected = d + (a.float() @ b.float()).numpy()
+    assert t.call("run_mma", int(dtype == torch.float16), pointer(a), pointer(b), d) == 0, t.last_error()
+    np.testing.assert_array_equal(d, expected)
+
+
 # ---- Order dependence ---------------------------------------------------------------------------
 
 
