@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-WEIGHTS_SHA256 = "1e6610325aed627e006aa50b1a44b06530918e689a2214e6b41532aa29f1cb62"
+WEIGHTS_SHA256 = "c685f4022615b83ec1fc003e631440c9c2f7f97e92ed4efca18264c1ee38aabf"
 """SHA-256 of weights/model.safetensors."""
 
 

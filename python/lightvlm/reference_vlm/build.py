@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
@@ -15,7 +17,6 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from .backgrounds import SIDE
 from .scenes import NAMES
@@ -64,10 +65,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def _image_processor_class() -> Any:
+    """CLIP's image processor that works on PIL images, without torchvision."""
+    try:
+        module = import_module("transformers.models.clip.image_processing_pil_clip")
+        return module.CLIPImageProcessorPil
+    except ImportError:  # transformers 5.0 has it under the plain name
+        return import_module("transformers.models.clip.image_processing_clip").CLIPImageProcessor
+
+
 def build_processor() -> LlavaProcessor:
     """Processor: images to (3, 128, 128) in [-1, 1], `<image>` to 256 placeholders, and the chat template."""
     side = {"height": SIDE, "width": SIDE}
-    image_processor = CLIPImageProcessorPil(
+    image_processor = _image_processor_class()(
         size=side,
         crop_size=side,
         do_center_crop=False,
@@ -190,6 +200,17 @@ def build_model(seed: int) -> LlavaForConditionalGeneration:
 
 
 def save(model: LlavaForConditionalGeneration, directory: Path) -> None:
-    """Write fp16 weights, configuration, tokenizer and processor for AutoModel and AutoProcessor to load."""
+    """Write fp16 weights, configuration, tokenizer and processor for AutoModel and AutoProcessor to load.
+
+    The tower's tensors get the names of published LLaVA checkpoints, which every transformers from 5.0 on reads;
+    newer versions write shorter ones that older versions leave out.
+    """
     model.half().save_pretrained(directory)
+    file = directory / "model.safetensors"
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    tensors = {
+        name if name.startswith(new) else name.replace(old, new, 1): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
     build_processor().save_pretrained(directory)
