@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import nn
 
 from .base import Adapter, attention_kinds
@@ -37,15 +39,34 @@ def find_adapter(model: nn.Module) -> Adapter:
 
 
 def _check_decoder(adapter: Adapter) -> None:
-    """Refuse decoders whose layers do not attend to all earlier
-    tokens through transformers' attention interface."""
-    config = adapter.decoder.config
+    """Refuse decoders that are not built as the hooks need it: every layer attends to all earlier tokens through
+    transformers' attention interface and gets its rotary tables as an argument, on one device."""
+    config, decoder = adapter.decoder.config, type(adapter.decoder).__name__
     other = attention_kinds(config) - {"full_attention"}
     if other:
         raise ValueError(f"model has decoder layers that are not full attention: {', '.join(sorted(other))}")
-    for layer, attention in zip(adapter.layers, adapter.attentions, strict=True):
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError("model caps its attention logits, which attention over a shortened cache does not")
+    try:
+        layers, attentions = adapter.layers, adapter.attentions
+    except AttributeError as error:
+        raise ValueError(
+            f"model has a {decoder} whose layers are not where lightvlm looks: {error}"
+        ) from None
+    for layer, attention in zip(layers, attentions, strict=True):
         if getattr(attention, "layer_idx", None) is None:
             raise ValueError(f"model has a {type(layer).__name__} whose attention has no layer_idx")
+        if "position_embeddings" not in inspect.signature(layer.forward).parameters:
+            raise ValueError(
+                f"model has a {type(layer).__name__} that takes no rotary tables (position_embeddings)"
+            )
+    devices = {str(parameter.device) for layer in layers for parameter in layer.parameters()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"model has its decoder layers on several devices ({', '.join(sorted(devices))}), not on one"
+        )
+    if (getattr(adapter.model, "tp_size", None) or 1) > 1:
+        raise ValueError("model is split by tensor parallelism, where each part would choose other tokens")
 
 
 __all__ = ["Adapter", "find_adapter", "supported_classes"]
