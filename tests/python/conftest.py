@@ -10,6 +10,15 @@ import torch
 from python.tiny import LLAVA, QWEN, Family
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models spend their time waiting for threads, most of all on a machine that has other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def _models() -> dict[tuple[str, torch.dtype], Any]:
     return {}

@@ -87,11 +87,9 @@ def test_other_decoders(name: str) -> None:
     """Any decoder that is built like Llama: a batch gives what its rows give, and keeping all is the baseline."""
     import transformers
 
-    options = (
-        _DECODER
-        | {"head_dim": 8, "initializer_range": 0.2}
-        | ({"sliding_window": None} if "Mistral" in name else {})
-    )
+    options = _DECODER | {"head_dim": 8, "initializer_range": 0.2}
+    if name == "MistralConfig":
+        options["sliding_window"] = None
     model = llava(tower("clip"), decoder=getattr(transformers, name)(**options))
     model.generation_config.suppress_tokens = [IMAGE_ID]
     inputs = LLAVA.batch(ROWS)
@@ -105,21 +103,8 @@ def test_other_decoders(name: str) -> None:
         together = generate(model, inputs, 6)
         alone = [generate(model, LLAVA.batch([row]), 6)[0] for row in ROWS]
     assert torch.equal(together, torch.stack(alone))
-    assert run.report().compactions == 2 * 5
+    assert run.report().compactions == 2 * 4  # the row of three tokens does not need any by itself
     assert run.report().stepped_aside == {}
-
-
-def _opt() -> Any:
-    from transformers import OPTConfig
-
-    return OPTConfig(
-        hidden_size=32,
-        ffn_dim=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=64,
-        word_embed_proj_dim=32,
-    )
 
 
 def _gpt_neox() -> Any:
@@ -139,7 +124,6 @@ def _gemma2() -> Any:
 @pytest.mark.parametrize(
     ("decoder", "message"),
     [
-        (_opt, "model has a OPTModel whose layers are not where lightvlm looks"),
         (_gpt_neox, "model has a GPTNeoXModel whose layers are not where lightvlm looks"),
         (_gemma2, "model caps its attention logits"),
     ],
