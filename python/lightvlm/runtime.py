@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import time
 import weakref
-from collections import Counter
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from . import attention_hook
-from .flops import prefill_flops
 from .layout import BatchLayout, LayoutError, read_layout
 from .methods.base import PrefillPart
 from .models import find_adapter
@@ -28,10 +25,9 @@ from .models.base import Adapter
 from .plan import Plan
 from .report import Report
 from .session import Prefill
+from .statistics import Statistics, Timer
 
 if TYPE_CHECKING:
-    from lightvlm_ext import OpCall
-
     from .cache import CompactCache
 
 
@@ -92,8 +88,8 @@ class Run:
         self._layout: BatchLayout | None = None
         self._prompt = False
         self._drafts = 0
-        self._started = 0.0
-        self._stats = _Statistics(len(adapter.layers))
+        self._timer: Timer | None = None
+        self._stats = Statistics(adapter)
         self._observe = observe
         self._observer: AbstractContextManager[object] | None = None
         part, depth = plan.prefill, len(adapter.layers)
@@ -144,7 +140,7 @@ class Run:
         from lightvlm_ext import device_errors
 
         self._stats.errors += device_errors()
-        return self._stats.report(self._adapter)
+        return self._stats.report()
 
     # -- hooks
     # -------------------------------------------------------------------------------------------------
@@ -168,7 +164,7 @@ class Run:
             raise RuntimeError(
                 f"the model's attention was set to {current!r} while a run is attached; detach the run first"
             )
-        self._started = time.perf_counter()
+        self._timer = Timer(next(module.parameters()).device)
         cache = inputs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             self._continue(cache, inputs)
@@ -313,7 +309,8 @@ class Run:
         cache = self._cache
         if cache is not None and not self._prompt:
             cache.step(_new_tokens(output))
-        self._stats.add_time("prefill" if self._prompt else "decode", time.perf_counter() - self._started)
+        if self._timer is not None:
+            self._stats.add_time("prefill" if self._prompt else "decode", self._timer.stop())
         if self._prompt and self._layout is not None:
             self._stats.add_prompt(self._layout, self._prefill)
         self._stats.add_cache(cache if cache is not None else getattr(output, "past_key_values", None))
@@ -380,76 +377,3 @@ def _check_new_tokens(inputs: dict[str, Any]) -> None:
 def _whole(layer: Any) -> bool:
     """Whether every row's keys fill the stored length, so that no mask is needed."""
     return not any(layer.starts) and len(set(layer.ends)) == 1
-
-
-class _Statistics:
-    """Sums over the prompts and steps of a run."""
-
-    def __init__(self, layers: int) -> None:
-        self._layers = layers
-        self._rows = self._image_rows = 0
-        self._tokens = [0] * layers
-        self._image_tokens = 0
-        self._image_kept = [0] * layers
-        self._counts: list[list[int]] = [[] for _ in range(layers)]
-        self._full: list[int] = []
-        self._bytes = (0, 0, 0)
-        self._compactions = 0
-        self._seconds: dict[str, float] = {}
-        self._op_calls: Counter[str] = Counter()
-        self._op_seconds: dict[str, float] = {}
-        self._aside: Counter[str] = Counter()
-        self.errors: list[str] = []
-
-    def step_aside(self, reason: str) -> None:
-        self._aside[reason] += 1
-
-    def add_time(self, phase: str, seconds: float) -> None:
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
-
-    def add_op(self, call: OpCall) -> None:
-        self._op_calls[call.name] += 1
-        if call.seconds is not None:
-            self._op_seconds[call.name] = self._op_seconds.get(call.name, 0.0) + call.seconds
-
-    def add_prompt(self, layout: BatchLayout, prefill: Prefill | None) -> None:
-        self._rows += len(layout.rows)
-        with_image = [bool(row.image_sizes) for row in layout.rows]
-        self._image_rows += sum(with_image)
-        self._image_tokens += sum(sum(row.image_sizes) for row in layout.rows)
-        self._full += [row.tokens for row in layout.rows]
-        for index in range(self._layers):
-            rows = prefill.tokens_at(index).rows if prefill is not None else layout.rows
-            self._counts[index] += [row.tokens for row in rows]
-            self._tokens[index] += sum(row.tokens for row in rows)
-            self._image_kept[index] += sum(sum(row.image_sizes) for row in rows)
-
-    def add_cache(self, cache: Any) -> None:
-        if _is_compact(cache):
-            self._bytes = (cache.kv_bytes_used, cache.kv_bytes_allocated, cache.kv_bytes_full)
-        elif type(cache).__name__ == "DynamicCache":
-            stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-            self._bytes = (stored, stored, stored)
-
-    def report(self, adapter: Adapter) -> Report:
-        rows, images = max(1, self._rows), max(1, self._image_rows)
-        full = prefill_flops(adapter, [self._full] * self._layers)
-        share = prefill_flops(adapter, self._counts) / full if full else 1.0
-        kept = sum(self._image_kept)
-        return Report(
-            prefills=self._rows,
-            tokens_per_layer=[count / rows for count in self._tokens],
-            image_tokens=self._image_tokens / images,
-            image_tokens_kept=[count / images for count in self._image_kept],
-            image_keep_share=kept / (self._layers * self._image_tokens) if self._image_tokens else 1.0,
-            flops_share=share,
-            kv_bytes_used=self._bytes[0],
-            kv_bytes_allocated=self._bytes[1],
-            kv_bytes_full=self._bytes[2],
-            seconds=dict(self._seconds),
-            op_calls=dict(self._op_calls),
-            op_seconds=dict(self._op_seconds),
-            compactions=self._op_calls["compact_kv_"],
-            stepped_aside=dict(self._aside),
-            errors=list(self.errors),
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -311,3 +312,16 @@ def test_gradient_modes_do_not_matter(model: Any, family: Family) -> None:
     for logits, more in found[1:]:
         assert torch.equal(logits, found[0][0])
         assert torch.equal(more, found[0][1])
+
+
+def test_generate_in_another_thread(llava: Any) -> None:
+    """As with a streamer that the main thread reads from."""
+    inputs, found = LLAVA.batch(ROWS), []
+    with lightvlm.attach(llava, REDUCE) as run:
+        expected = generate(llava, inputs, 5)
+        calls = run.report().op_calls
+        thread = threading.Thread(target=lambda: found.append(generate(llava, inputs, 5)))
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], expected)
+    assert run.report().op_calls == {name: 2 * count for name, count in calls.items()}

@@ -185,3 +185,44 @@ def test_device_errors_are_kept(llava: Any, monkeypatch: pytest.MonkeyPatch) -> 
         assert run.report().errors == ["cuda:0: select: first"]
     assert run.report().errors == ["cuda:0: select: first", "cuda:0: select: second"]
     assert "cuda:0: select: second" in str(run.report())
+
+
+class _Event:
+    """Stands in for torch.cuda.Event: a clock that ticks at every record and is read once it was waited for."""
+
+    ticks = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at: int | None = None
+        self.waited = False
+
+    def record(self, stream: str) -> None:
+        assert stream == "stream"
+        _Event.ticks += 1
+        self.at = _Event.ticks
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+    def elapsed_time(self, end: _Event) -> float:
+        assert end.waited
+        assert self.at is not None
+        assert end.at is not None
+        return 1000.0 * (end.at - self.at)
+
+
+def test_times_of_a_gpu_are_asked_for_last(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightvlm import statistics
+
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    monkeypatch.setattr(statistics, "_PENDING", 4)
+    timers = [statistics.Timer(torch.device("cuda", 0)) for _ in range(9)]
+    with lightvlm.attach(llava, lightvlm.Plan()) as run:
+        for timer in timers:
+            run._stats.add_time("decode", timer.stop())
+        assert len(run._stats._times) <= 4
+    # timers start at ticks 1 to 9 and stop at 10 to 18: each takes 9 seconds
+    assert run.report().seconds == {"decode": 81.0}
+    assert run.report().seconds == {"decode": 81.0}

@@ -1,0 +1,132 @@
+"""What a run adds up for its report."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .flops import attention_width, layer_flops, linear_weights
+from .layout import BatchLayout
+from .models.base import Adapter
+from .report import Report
+from .session import Prefill
+
+if TYPE_CHECKING:
+    from lightvlm_ext import OpCall
+
+_PENDING = 4096
+"""Times that may wait to be asked for; the older half of them is long known by then."""
+
+
+class Timer:
+    """Time of what a device is given from here to :meth:`stop`, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: tuple[Any, Any] | None = None
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
+            self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self._stream = stream
+            self._events[0].record(stream)
+        self._started = time.perf_counter()
+
+    def stop(self) -> Callable[[], float]:
+        """End the measurement; returns what gives its seconds, and waits for them where they are a GPU's."""
+        if self._events is None:
+            seconds = time.perf_counter() - self._started
+            return lambda: seconds
+        start, end = self._events
+        end.record(self._stream)
+
+        def elapsed() -> float:
+            end.synchronize()
+            return float(start.elapsed_time(end)) / 1e3
+
+        return elapsed
+
+
+class Statistics:
+    """Sums over the prompts and steps of a run."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        layers = len(adapter.layers)
+        self._layers = layers
+        self._weights = [linear_weights(layer) for layer in adapter.layers]
+        self._width = attention_width(adapter)
+        self._rows = self._image_rows = 0
+        self._tokens = [0] * layers
+        self._image_tokens = 0
+        self._image_kept = [0] * layers
+        self._flops = self._full_flops = 0
+        self._bytes = (0, 0, 0)
+        self._times: list[tuple[str, Callable[[], float]]] = []
+        self._seconds: dict[str, float] = {}
+        self._op_calls: Counter[str] = Counter()
+        self._op_seconds: dict[str, float] = {}
+        self._aside: Counter[str] = Counter()
+        self.errors: list[str] = []
+
+    def step_aside(self, reason: str) -> None:
+        self._aside[reason] += 1
+
+    def add_time(self, phase: str, seconds: Callable[[], float]) -> None:
+        """Add a call's time to a phase; on a GPU it is known once the device got there, so it is asked for last."""
+        self._times.append((phase, seconds))
+        if len(self._times) > _PENDING:
+            self._settle(len(self._times) // 2)
+
+    def _settle(self, count: int) -> None:
+        for phase, seconds in self._times[:count]:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds()
+        del self._times[:count]
+
+    def add_op(self, call: OpCall) -> None:
+        self._op_calls[call.name] += 1
+        if call.seconds is not None:
+            self._op_seconds[call.name] = self._op_seconds.get(call.name, 0.0) + call.seconds
+
+    def add_prompt(self, layout: BatchLayout, prefill: Prefill | None) -> None:
+        self._rows += len(layout.rows)
+        with_image = [bool(row.image_sizes) for row in layout.rows]
+        self._image_rows += sum(with_image)
+        self._image_tokens += sum(sum(row.image_sizes) for row in layout.rows)
+        for index, weights in enumerate(self._weights):
+            rows = prefill.tokens_at(index).rows if prefill is not None else layout.rows
+            self._flops += sum(layer_flops(weights, self._width, row.tokens) for row in rows)
+            self._full_flops += sum(layer_flops(weights, self._width, row.tokens) for row in layout.rows)
+            self._tokens[index] += sum(row.tokens for row in rows)
+            self._image_kept[index] += sum(sum(row.image_sizes) for row in rows)
+
+    def add_cache(self, cache: Any) -> None:
+        if type(cache).__name__ == "CompactCache":
+            self._bytes = (cache.kv_bytes_used, cache.kv_bytes_allocated, cache.kv_bytes_full)
+        elif type(cache).__name__ == "DynamicCache":
+            stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            self._bytes = (stored, stored, stored)
+
+    def report(self) -> Report:
+        """Everything so far; waits for the device."""
+        self._settle(len(self._times))
+        rows, images = max(1, self._rows), max(1, self._image_rows)
+        kept = sum(self._image_kept)
+        return Report(
+            prefills=self._rows,
+            tokens_per_layer=[count / rows for count in self._tokens],
+            image_tokens=self._image_tokens / images,
+            image_tokens_kept=[count / images for count in self._image_kept],
+            image_keep_share=kept / (self._layers * self._image_tokens) if self._image_tokens else 1.0,
+            flops_share=self._flops / self._full_flops if self._full_flops else 1.0,
+            kv_bytes_used=self._bytes[0],
+            kv_bytes_allocated=self._bytes[1],
+            kv_bytes_full=self._bytes[2],
+            seconds=dict(self._seconds),
+            op_calls=dict(self._op_calls),
+            op_seconds=dict(self._op_seconds),
+            compactions=self._op_calls["compact_kv_"],
+            stepped_aside=dict(self._aside),
+            errors=list(self.errors),
+        )
