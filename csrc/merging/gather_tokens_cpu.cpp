@@ -64,6 +64,7 @@ void copy_token(const GatherTensor& tensor, const char* source, char* target) {
 
 void gather_slots(const GatherTokensParams& params, const GatherTensor& tensor, int64_t begin,
                   int64_t end) {
+    if (tensor.token_bytes == 0) return;
     int64_t row = begin / params.slots;
     int64_t slot = begin - row * params.slots;
     char* target = tensor.target + begin * tensor.token_bytes;
@@ -94,13 +95,14 @@ Status gather_tokens_cpu(const GatherTokensParams& params) {
     });
     if (!error.status().ok()) return error.status();
 
-    for (int t = 0; t < params.tensor_count; ++t) {
-        const GatherTensor& tensor = params.tensors[t];
-        if (tensor.token_bytes == 0) continue;
-        parallel_items(
-            params.rows * params.slots, 8 + tensor.token_bytes / 8,
-            [&](int64_t begin, int64_t end) { gather_slots(params, tensor, begin, end); });
-    }
+    // One parallel loop for all tensors: a thread waits for the others once.
+    int64_t bytes = 0;
+    for (int t = 0; t < params.tensor_count; ++t) bytes += params.tensors[t].token_bytes;
+    parallel_items(params.rows * params.slots, 8 + bytes / 8, [&](int64_t begin, int64_t end) {
+        for (int t = 0; t < params.tensor_count; ++t) {
+            gather_slots(params, params.tensors[t], begin, end);
+        }
+    });
     return error.status();
 }
 
