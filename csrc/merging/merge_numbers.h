@@ -14,10 +14,11 @@
 
 namespace lightvlm {
 
-// 2^exponent, for exponents in [-126, 127]; beyond, the nearest of them.
+// 2^exponent, for exponents in [-149, 127]; beyond, the nearest of them.
 LIGHTVLM_HOST_DEVICE float power_of_two(int32_t exponent) {
-    exponent = exponent < -126 ? -126 : (exponent > 127 ? 127 : exponent);
-    const uint32_t bits = static_cast<uint32_t>(exponent + 127) << 23;
+    exponent = exponent < -149 ? -149 : (exponent > 127 ? 127 : exponent);
+    const uint32_t bits =
+        exponent < -126 ? 1u << (exponent + 149) : static_cast<uint32_t>(exponent + 127) << 23;
     float value;
     memcpy(&value, &bits, sizeof(value));
     return value;
