@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import sys
 import time
 from dataclasses import dataclass
@@ -61,43 +62,79 @@ class Result:
 
 
 class Questions:
-    """The questions of a benchmark: one of each kind about every scene, each scene about another digit."""
+    """The questions of a benchmark: one of each kind about every scene, in batches of one kind.
+
+    Prompts are processed, and pictures encoded, once for all methods; answers of one kind are about equally long, so no
+    row of a batch waits for another.
+    """
 
     def __init__(self, split: str, count: int, seed: int) -> None:
-        from ..reference_vlm.questions import KINDS, questions
+        from ..reference_vlm.measure import one_of_each_kind
+        from ..reference_vlm.questions import KINDS
         from ..reference_vlm.scenes import make_scenes
 
         if count < len(KINDS) or count % len(KINDS):
             raise ValueError(f"--questions must be a positive multiple of {len(KINDS)}, got {count}")
         self.kinds = KINDS
-        self.scenes, self.questions = [], []
         wanted = count // len(KINDS)
-        candidates = make_scenes(split, wanted + wanted // 4 + 8, seed)
-        for number, scene in enumerate(candidates):
-            asked = {q.kind: q for q in questions(scene, np.random.default_rng([seed, number]))}
-            if len(asked) == len(
-                KINDS
-            ):  # in a few scenes no digit occurs once, so none can be asked for its colour
-                self.scenes += [scene] * len(KINDS)
-                self.questions += [asked[kind] for kind in KINDS]
-            if len(self.questions) == count:
-                return
-        raise ValueError(f"only {len(self.questions)} questions could be made, {count} wanted")
+        # in a few scenes no digit occurs once, so none can be asked for its colour: draw some more
+        scenes = make_scenes(split, wanted + wanted // 4 + 8, seed)
+        where, asked = one_of_each_kind(scenes, seed)
+        complete = [index for index in range(len(scenes)) if where.count(index) == len(KINDS)][:wanted]
+        by_scene = {
+            index: {q.kind: q for at, q in zip(where, asked, strict=True) if at == index}
+            for index in complete
+        }
+        if len(complete) < wanted:
+            raise ValueError(f"only {len(complete) * len(KINDS)} questions could be made, {count} wanted")
+        self.scenes = [scenes[index] for index in complete]
+        self.questions = {kind: [by_scene[index][kind] for index in complete] for kind in KINDS}
+        self._batches: list[tuple[str, slice, dict[str, Any]]] = []
 
-    def ask(self, model: Any, processor: Any, plan: Plan | None, batch: int) -> Result:
-        """Answers of the model, with a plan attached or as it is."""
-        from ..reference_vlm.evaluate import answer_batch
+    @torch.no_grad()
+    def prepare(self, model: Any, processor: Any, batch: int) -> None:
+        """Make the inputs of every batch; pictures are encoded here where generate() takes encoded ones."""
+        from ..reference_vlm.evaluate import messages
 
+        encode = getattr(model, "_supports_mm_encoder_outputs", lambda: False)()
+        for kind in self.kinds:
+            for start in range(0, len(self.scenes), batch):
+                part = slice(start, start + batch)
+                texts = [
+                    processor.apply_chat_template(messages([question]), add_generation_prompt=True)
+                    for question in self.questions[kind][part]
+                ]
+                images = [scene.image for scene in self.scenes[part]]
+                inputs = dict(
+                    processor(text=texts, images=images, padding=True, return_tensors="pt").to(model.device)
+                )
+                inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+                if encode:
+                    encoded = model.get_image_features(
+                        pixel_values=inputs.pop("pixel_values"), return_dict=True
+                    )
+                    inputs["mm_encoder_outputs"] = {"image": encoded}
+                self._batches.append((kind, part, inputs))
+
+    @torch.no_grad()
+    def ask(self, model: Any, processor: Any, plan: Plan | None) -> Result:
+        """Answers of the model, with a plan attached or as it is, after :meth:`prepare`."""
+        from ..reference_vlm.questions import score
+
+        scores = np.zeros((len(self.scenes), len(self.kinds)))
         start = time.perf_counter()
-        report = None
-        if plan is None:
-            _, scores = answer_batch(model, processor, self.scenes, self.questions, batch)
-        else:
-            with attach(model, plan) as run:
-                _, scores = answer_batch(model, processor, self.scenes, self.questions, batch)
-            report = run.report()
-        seconds = time.perf_counter() - start
-        return Result(np.array(scores).reshape(-1, len(self.kinds)), seconds, report)
+        with contextlib.nullcontext() if plan is None else attach(model, plan) as run:
+            for kind, part, inputs in self._batches:
+                call = {
+                    name: dict(value) if isinstance(value, dict) else value for name, value in inputs.items()
+                }
+                output = model.generate(**call, do_sample=False, max_new_tokens=12)
+                texts = processor.batch_decode(
+                    output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+                )
+                right = [score(q, text) for q, text in zip(self.questions[kind][part], texts, strict=True)]
+                scores[part, self.kinds.index(kind)] = right
+        return Result(scores, time.perf_counter() - start, None if run is None else run.report())
 
 
 def bootstrap(scores: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
@@ -143,10 +180,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_flush_denormal(True)
     model, processor = load(dtype=getattr(torch, args.dtype))
     model.to(args.device)
-    full = asked.ask(model, processor, None, args.batch)
+    asked.prepare(model, processor, args.batch)
+    full = asked.ask(model, processor, None)
     results: dict[tuple[str, float], Result] = {}
     for key, seeds in tqdm(plans.items(), desc="fidelity", file=sys.stderr):
-        runs = [asked.ask(model, processor, plan, args.batch) for plan in seeds]
+        runs = [asked.ask(model, processor, plan) for plan in seeds]
         mean = np.mean([one.scores for one in runs], axis=0)
         results[key] = Result(mean, sum(one.seconds for one in runs) / len(runs), runs[-1].report)
     case = f"reference VLM, {args.questions} {args.split} questions, {args.dtype}"
