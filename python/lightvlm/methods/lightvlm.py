@@ -23,8 +23,8 @@ from .decode_compaction import DecodeCompaction
 def default_layers(layers: int) -> tuple[int, ...]:
     """Stages before layer 2 (1/14 of deeper decoders) and at 2/7 and 4/7 of the depth, each a layer after the last.
 
-    8 layers give 2, 3, 5, which validation scenes of the reference VLM decided; 28 give 2, 8, 16, near the 2, 8, 14 that
-    iLLaVA, by LightVLM's first author, published (docs/lightvlm.md).
+    8 layers give 2, 3, 5, which validation scenes of the reference VLM decided; 28 give 2, 8, 16, near the 2, 8, 14
+    that iLLaVA, by LightVLM's first author, published (docs/lightvlm.md).
     """
     at: list[int] = []
     for layer in (max(2, round(layers / 14)), round(2 * layers / 7), round(4 * layers / 7)):
