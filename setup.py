@@ -30,9 +30,15 @@ class CMakeBuild(build_ext):
         configure += [f"-DLIGHTVLM_CUDA={os.environ.get('LIGHTVLM_CUDA', 'auto')}"]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), *(["-j", jobs] if jobs else [])], check=True)
-        subprocess.run(["cmake", "--install", str(build), "--prefix", str(destination)], check=True)
+        # cmake and ninja of this Python's environment, activated or not, before whatever else PATH has.
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+        for command in (
+            configure,
+            ["cmake", "--build", str(build), *(["-j", jobs] if jobs else [])],
+            ["cmake", "--install", str(build), "--prefix", str(destination)],
+        ):
+            # env(1) looks its command up in the new PATH; subprocess alone would use the old one.
+            subprocess.run(["env", f"PATH={path}", *command], check=True)
 
     def get_outputs(self) -> list[str]:
         return [str(Path(self.build_lib) / output) for output in OUTPUTS]

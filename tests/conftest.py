@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import sysconfig
 
 import hypothesis
 import pytest
 import torch
+
+# cmake, ninja, ruff ... of this Python's environment, activated or not.
+os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
 # Compiling and emulating make single examples slow and uneven; random order of examples is not
 # worth irreproducible failures.
