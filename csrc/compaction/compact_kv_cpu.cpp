@@ -1,7 +1,9 @@
-// CPU twin of compact_kv.cuh: a chain (or a slice of its columns) a thread at a time, rows in the
-// order of the index. Runs of kept rows that lie next to each other move as one. What is read next
-// is prefetched, since hardware prefetchers do not foresee the gaps; large moves store past the
-// caches, which saves reading each destination line first.
+// CPU twin of compact_kv.cuh: chains that share an index advance in lockstep, a few to a thread.
+//
+// At a third of the rows kept, hardware prefetchers fetch most of the others too. Several streams
+// side by side, and fetching ahead what comes next, keep them from that; storing past the caches
+// saves reading each destination line first. Rows that stay are skipped, long runs of kept rows
+// are left to memmove.
 #include <algorithm>
 #include <cstring>
 #include <iterator>
@@ -19,9 +21,10 @@ namespace lightvlm {
 
 namespace {
 
-// Bytes of sources under way; below this the latency of memory shows.
-constexpr int64_t kPrefetchBytes = 4096;
 constexpr int64_t kLineBytes = 64;
+constexpr int kMaxLanes = 8;
+// Bytes of sources under way, over all lanes; at least two rows of each.
+constexpr int64_t kPrefetchBytes = 3072;
 // Runs from here on are left to memmove.
 constexpr int64_t kMemmoveBytes = 4096;
 // Moves from here on bypass the caches: their results would not stay there anyway.
@@ -51,7 +54,7 @@ CompactIndexError find_error(const int32_t* index, int64_t count, int64_t tokens
 }
 
 LIGHTVLM_INLINE void prefetch(const char* row, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += kLineBytes) __builtin_prefetch(row + at, 0, 3);
+    for (int64_t at = 0; at < bytes; at += kLineBytes) __builtin_prefetch(row + at, 0, 2);
 }
 
 // from > to, and both may overlap: each piece is read before a later one is written.
@@ -91,87 +94,121 @@ void finish_streaming() {
 #endif
 }
 
-struct Chain {
+// A chain, or a slice of its columns.
+struct Lane {
     char* data;  // of row 0
+    int64_t row_bytes;
+    int64_t token_stride;
+    bool stream;
+
+    LIGHTVLM_INLINE void move(int64_t slot, int64_t row, int64_t rows) const {
+        char* to = data + slot * token_stride;
+        const char* from = data + row * token_stride;
+        const int64_t bytes = rows * row_bytes;
+        stream ? stream_down(to, from, bytes) : copy_down(to, from, bytes);
+    }
+};
+
+// Lanes that share an index.
+struct Bundle {
     const int32_t* index;
     int64_t count;
-    int64_t row_bytes;  // of the slice
-    int64_t token_stride;
+    int lanes = 0;
+    Lane lane[kMaxLanes];
+
+    void move() const {
+        int64_t row_bytes = 0;
+        bool adjacent = true;  // rows that follow each other are one piece, in each lane
+        for (int l = 0; l < lanes; ++l) {
+            row_bytes += lane[l].row_bytes;
+            adjacent = adjacent && lane[l].row_bytes == lane[l].token_stride;
+        }
+        const int64_t ahead = std::clamp<int64_t>(kPrefetchBytes / row_bytes, 2, 16);
+        int64_t slot = 0;
+        while (slot < count && index[slot] == slot) ++slot;
+        while (slot < count) {
+            const int64_t row = index[slot];
+            int64_t run = 1;
+            if (adjacent) {
+                while (slot + run < count && index[slot + run] == row + run) ++run;
+            }
+            if (run * row_bytes >= kMemmoveBytes * lanes && run > 1) {
+                for (int l = 0; l < lanes; ++l) {
+                    std::memmove(lane[l].data + slot * lane[l].token_stride,
+                                 lane[l].data + row * lane[l].token_stride,
+                                 static_cast<size_t>(run * lane[l].row_bytes));
+                }
+                slot += run;
+                continue;
+            }
+            for (const int64_t end = slot + run; slot < end; ++slot) {
+                const int64_t next = slot + ahead < count ? index[slot + ahead] : -1;
+                for (int l = 0; l < lanes; ++l) {
+                    if (next >= 0) {
+                        prefetch(lane[l].data + next * lane[l].token_stride, lane[l].row_bytes);
+                    }
+                    lane[l].move(slot, index[slot], 1);
+                }
+            }
+        }
+        finish_streaming();
+    }
 };
 
-template <bool kStream>
-void move_chain(const Chain& chain) {
-    const bool adjacent = chain.row_bytes == chain.token_stride;
-    const int64_t ahead = std::max<int64_t>(1, kPrefetchBytes / chain.row_bytes);
-    // Rows that stay where they are.
-    int64_t slot = 0;
-    while (slot < chain.count && chain.index[slot] == slot) ++slot;
-    int64_t prefetched = slot;
-    while (slot < chain.count) {
-        const int64_t row = chain.index[slot];
-        int64_t run = 1;
-        if (adjacent) {
-            while (slot + run < chain.count && chain.index[slot + run] == row + run) ++run;
-        }
-        const int64_t bytes = run * chain.row_bytes;
-        char* to = chain.data + slot * chain.token_stride;
-        const char* from = chain.data + row * chain.token_stride;
-        slot += run;
-        if (bytes >= kMemmoveBytes && !kStream) {
-            std::memmove(to, from, static_cast<size_t>(bytes));
-            prefetched = std::max(prefetched, slot);
-            continue;
-        }
-        const int64_t wanted = std::min(slot + ahead, chain.count);
-        for (prefetched = std::max(prefetched, slot); prefetched < wanted; ++prefetched) {
-            prefetch(chain.data + chain.index[prefetched] * chain.token_stride, chain.row_bytes);
-        }
-        kStream ? stream_down(to, from, bytes) : copy_down(to, from, bytes);
+// Consecutive tensors that move by one index; what they bundle up to.
+struct Group {
+    const CompactTensor* tensors;
+    int64_t tensor_count;
+    int64_t slices;       // of each chain, where its rows are wide enough
+    int64_t lanes = 0;    // that share a row of the index
+    int64_t bundles = 0;  // for a row of the index
+    int64_t first = 0;    // number of its first bundle, over all groups
+
+    const CompactIndex& by() const { return *tensors->by; }
+    int64_t index_rows() const { return by().batch * by().heads; }
+
+    int64_t width(const CompactTensor& tensor) const {
+        const int64_t parts = std::clamp<int64_t>(tensor.row_bytes / kSliceBytes, 1, slices);
+        const int64_t lines = (tensor.row_bytes / parts + kLineBytes - 1) / kLineBytes;
+        return lines * kLineBytes;
     }
-    if (kStream) finish_streaming();
-}
-
-void move_slice(const CompactTensor& tensor, int64_t batch, int64_t head, int64_t first,
-                int64_t bytes, bool may_stream) {
-    const CompactIndex& by = *tensor.by;
-    Chain chain;
-    chain.data = tensor.data + batch * tensor.batch_stride + head * tensor.head_stride + first;
-    chain.index = by.index + batch * by.index_batch_stride + head * by.index_head_stride;
-    chain.count = by.count[batch * by.count_batch_stride + head * by.count_head_stride];
-    chain.row_bytes = bytes;
-    chain.token_stride = tensor.token_stride;
-    const auto alignment = reinterpret_cast<uintptr_t>(chain.data) |
-                           static_cast<uintptr_t>(chain.token_stride | bytes);
-    if (may_stream && alignment % kLineBytes == 0) {
-        move_chain<true>(chain);
-    } else {
-        move_chain<false>(chain);
+    int64_t lanes_of(const CompactTensor& tensor) const {
+        const int64_t parts = (tensor.row_bytes + width(tensor) - 1) / width(tensor);
+        // With an index for each head a lane is one of its tensors.
+        return parts * (tensor.heads / by().heads);
     }
-}
 
-// The slices of one tensor: chains, each cut into columns of `width` bytes.
-struct Slices {
-    const CompactTensor* tensor;
-    int64_t first;  // number of its first slice, over all tensors
-    int64_t per_row;
-    int64_t width;
-
-    int64_t count() const { return tensor->by->batch * tensor->heads * per_row; }
+    Lane lane(int64_t number, int64_t batch, int64_t head, bool may_stream) const {
+        const CompactTensor* tensor = tensors;
+        for (; number >= lanes_of(*tensor); ++tensor) number -= lanes_of(*tensor);
+        const int64_t parts = lanes_of(*tensor) / (tensor->heads / by().heads);
+        const int64_t column = number % parts * width(*tensor);
+        Lane lane;
+        lane.data = tensor->data + batch * tensor->batch_stride +
+                    (head + number / parts) * tensor->head_stride + column;
+        lane.row_bytes = std::min(width(*tensor), tensor->row_bytes - column);
+        lane.token_stride = tensor->token_stride;
+        const auto all = reinterpret_cast<uintptr_t>(lane.data) |
+                         static_cast<uintptr_t>(lane.token_stride | lane.row_bytes);
+        lane.stream = may_stream && all % kLineBytes == 0;
+        return lane;
+    }
 
     void move(int64_t number, bool may_stream) const {
-        const int64_t chain = (number - first) / per_row;
-        const int64_t column = (number - first) % per_row * width;
-        move_slice(*tensor, chain / tensor->heads, chain % tensor->heads, column,
-                   std::min(width, tensor->row_bytes - column), may_stream);
+        const int64_t index_row = (number - first) / bundles;
+        const int64_t which = (number - first) % bundles;
+        const int64_t batch = index_row / by().heads;
+        const int64_t head = index_row % by().heads;
+        Bundle bundle;
+        bundle.index = by().index + batch * by().index_batch_stride + head * by().index_head_stride;
+        bundle.count = by().count[batch * by().count_batch_stride + head * by().count_head_stride];
+        const int64_t end = (which + 1) * lanes / bundles;
+        for (int64_t l = which * lanes / bundles; l < end; ++l) {
+            bundle.lane[bundle.lanes++] = lane(l, batch, head, may_stream);
+        }
+        bundle.move();
     }
 };
-
-Slices slices_of(const CompactTensor& tensor, int64_t wanted, int64_t first) {
-    const int64_t parts = std::clamp<int64_t>(tensor.row_bytes / kSliceBytes, 1, wanted);
-    const int64_t lines = (tensor.row_bytes / parts + kLineBytes - 1) / kLineBytes;
-    const int64_t width = lines * kLineBytes;
-    return {&tensor, first, (tensor.row_bytes + width - 1) / width, width};
-}
 
 }  // namespace
 
@@ -210,18 +247,30 @@ Status compact_kv_cpu(const CompactKvParams& params) {
     if (chains == 0) return {};
     // Too few chains to share out evenly are cut into columns.
     const bool enough = chains % threads == 0 || chains >= 4 * threads;
-    const int64_t wanted = enough ? 1 : (4 * threads + chains - 1) / chains;
+    const int64_t slices = enough ? 1 : (4 * threads + chains - 1) / chains;
 
-    std::vector<Slices> slices;
-    int64_t total = 0;
+    std::vector<Group> groups;
+    int64_t lanes = 0;
     for (int64_t t = 0; t < params.tensor_count; ++t) {
-        slices.push_back(slices_of(params.tensors[t], wanted, total));
-        total += slices.back().count();
+        if (t == 0 || params.tensors[t].by != params.tensors[t - 1].by) {
+            groups.push_back({params.tensors + t, 0, slices});
+        }
+        Group& group = groups.back();
+        ++group.tensor_count;
+        group.lanes += group.lanes_of(params.tensors[t]);
+        lanes += group.index_rows() * group.lanes_of(params.tensors[t]);
+    }
+    const int64_t most_lanes = std::clamp<int64_t>(lanes / threads, 1, kMaxLanes);
+    int64_t total = 0;
+    for (Group& group : groups) {
+        group.bundles = (group.lanes + most_lanes - 1) / most_lanes;
+        group.first = total;
+        total += group.index_rows() * group.bundles;
     }
     const auto move = [&](int64_t number) {
-        const auto after = std::upper_bound(
-            slices.begin(), slices.end(), number,
-            [](int64_t value, const Slices& candidate) { return value < candidate.first; });
+        const auto after =
+            std::upper_bound(groups.begin(), groups.end(), number,
+                             [](int64_t value, const Group& one) { return value < one.first; });
         std::prev(after)->move(number, bytes >= kStreamBytes);
     };
     parallel_dynamic(total, bytes / kLineBytes / std::max<int64_t>(1, total), move);
