@@ -187,6 +187,7 @@ class Run:
     def _begin(self, cache: Any, inputs: dict[str, Any], drafts: int) -> None:
         """A prompt on an empty cache: plan its reduction and put a CompactCache in the place of a dynamic one."""
         self._prompt = True
+        self.kept = {}
         if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
             return None  # the model says it better
         replaceable = cache is None or _replaceable(cache)
@@ -250,7 +251,6 @@ class Run:
             self._stats.step_aside(f"fewer than min_image_tokens ({part.min_image_tokens}) image tokens")
             return None
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        self.kept = {}
         return Prefill(part, layout, len(self._adapter.layers), tokens.device, drafts)
 
     def _before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -182,7 +182,7 @@ def _mistral() -> nn.Module:
             lambda: LLAVA.build(num_hidden_layers=1),
             REDUCE,
             ValueError,
-            "a decoder of 1 layers is too shallow",
+            "layers must start at 1 or later: the score comes from the layer before",
         ),
         (LLAVA.build, lightvlm.Plan(precision=_Precision()), ValueError, "plan.precision is not supported"),
     ],

@@ -41,13 +41,17 @@ def test_default_schedule(depth: int) -> None:
     assert list(layers) == sorted(set(layers))
     assert layers[0] >= 1
     assert layers[-1] < depth
-    assert layers[-1] <= max(3, 3 * depth // 8)
     stages = LightVLMPrefill(keep=0.35).stages(depth)
     assert [stage.layer for stage in stages] == list(layers)
     assert stages[-1].keep == 0.35
     ratios = [b.keep / a for a, b in zip([1.0, *(s.keep for s in stages)], stages, strict=False)]
     assert ratios == pytest.approx([ratios[0]] * len(ratios))
     assert RandomPrefill(keep=0.35).stages(depth) == stages
+
+
+def test_documented_schedules() -> None:
+    assert default_layers(8) == (2, 3, 5)
+    assert default_layers(28) == (2, 8, 16)
 
 
 def test_keeping_everything_has_no_stage() -> None:

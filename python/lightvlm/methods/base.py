@@ -147,12 +147,7 @@ def pyramid_stages(
     """
     if keep >= 1:
         return ()
-    if at is None:
-        at = default_at(layers)
-        if not at:
-            raise ValueError(
-                f"a decoder of {layers} layers is too shallow for the default layers; give layers"
-            )
+    at = default_at(layers) if at is None else at
     if not at or list(at) != sorted(set(at)) or at[0] < 0 or at[-1] >= layers:
         raise ValueError(f"layers must be ascending layer numbers within 0..{layers - 1}, got {at}")
     if fractions is None:
