@@ -177,7 +177,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     asked = Questions(args.split, args.questions, args.seed)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
     model, processor = load(dtype=getattr(torch, args.dtype))
     model.to(args.device)
     asked.prepare(model, processor, args.batch)
