@@ -82,7 +82,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
     model: Any
     model, processor = reference_vlm.load()
     model.to(device)
