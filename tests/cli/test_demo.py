@@ -206,9 +206,9 @@ def test_a_picture_of_one_scene_and_no_stage(tmp_path):
 def test_the_trained_model_in_a_fresh_process(tmp_path):
     """What a user sees: one object on standard output, a model that answers, and less work under a method."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    words = ["--questions", "40", "--rounds", "1", "--decode-tokens", "66", "--out", str(tmp_path), "--json"]
+    words = ["--questions", "40", "--rounds", "1", "--decode-tokens", "66", "--out", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-m", "lightvlm", "demo", *words],
+        [sys.executable, "-m", "lightvlm", "demo", "--json", "--threads", "1", *words],
         capture_output=True,
         text=True,
         env=env,
