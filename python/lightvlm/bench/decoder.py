@@ -122,6 +122,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    about = describe(args.device)  # of the code that runs, whatever happens to the tree meanwhile
     model = build_model(args.geometry, args.layers, getattr(torch, args.dtype), args.device)
     inputs = build_inputs(model, args.batch, args.image_tokens, args.text_tokens)
     length = args.image_tokens + args.text_tokens
@@ -174,7 +175,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                      "op_share_of_baseline": overhead / seconds[fastest], "tokens_per_layer": report.tokens_per_layer,
                      "kv_bytes_used": report.kv_bytes_used, "kv_bytes_full": report.kv_bytes_full,
                      "stepped_aside": report.stepped_aside, "runs": times[key]})  # fmt: skip
-    return {"kind": "decoder", **describe(args.device), "rows": rows}
+    return {"kind": "decoder", **about, "rows": rows}
 
 
 def _fresh(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -164,6 +164,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run the benchmark; returns the JSON object of ``lightvlm bench fidelity``."""
     from ..reference_vlm import load
 
+    about = describe(args.device)  # of the code that runs, whatever happens to the tree meanwhile
     options = parse_options(args.option)
     if args.random_seeds < 1:
         raise ValueError(f"--random-seeds must be at least 1, got {args.random_seeds}")
@@ -199,7 +200,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "high": high,
             }
         rows.append(row)
-    return {"kind": "fidelity", **describe(args.device), "options": options, "seed": args.seed, "rows": rows}
+    return {"kind": "fidelity", **about, "options": options, "seed": args.seed, "rows": rows}
 
 
 def _plan(name: str, keep: float, options: dict[str, Any], seed: int) -> Plan:
