@@ -122,6 +122,7 @@ class Merge {
         parallel_items(params_.rows, 4 * params_.tokens, [&](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row) list_arrivals(row);
         });
+        if (params_.width == 0) return {};
         dispatch_dtype(params_.dtype, [&](auto tag) {
             parallel_dynamic(params_.rows * params_.slots, 4 * params_.width, [&](int64_t item) {
                 write_slot<typename decltype(tag)::type>(item / params_.slots,
