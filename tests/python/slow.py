@@ -84,16 +84,26 @@ class SlowDecoder:
         return hidden, [len(image) for image in images]
 
     def _positions(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Positions (S,), or (3, S) for M-RoPE."""
-        ids = inputs["input_ids"]
-        if "mm_token_type_ids" not in inputs:
-            return torch.arange(ids.shape[1])
-        if "image_grid_thw" not in inputs:
-            return torch.arange(ids.shape[1]).expand(3, -1)
-        positions, _ = self.model.model.get_rope_index(
-            ids, image_grid_thw=inputs["image_grid_thw"], mm_token_type_ids=inputs["mm_token_type_ids"]
-        )
-        return positions[:, 0]
+        """Positions (S,), or with M-RoPE (3, S): a text token is one further on all axes, an image's are its frame,
+        row and column, and what follows it stands behind its longer side."""
+        ids = inputs["input_ids"][0].tolist()
+        if "qwen" not in self.model.config.model_type:
+            return torch.arange(len(ids))
+        grids = iter(inputs.get("image_grid_thw", torch.empty(0, 3)).tolist())
+        found: list[tuple[int, int, int]] = []
+        start = 0
+        while len(found) < len(ids):
+            if ids[len(found)] == IMAGE_ID:
+                _, height, width = next(grids)
+                height, width = height // 2, width // 2
+                found += [
+                    (start, start + row, start + column) for row in range(height) for column in range(width)
+                ]
+                start += max(height, width)
+            else:
+                found.append((start, start, start))
+                start += 1
+        return torch.tensor(found).T
 
     def _score(self, weights: Tensor, segment: Sequence[int]) -> Tensor:
         """Scores (S,) from attention weights (H, S, S) of the layer before a stage."""

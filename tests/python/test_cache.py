@@ -75,9 +75,8 @@ def test_alone_in_assisted_decoding(model: Any, family: Family) -> None:
         generate(model, inputs, 16, prompt_lookup_num_tokens=3, past_key_values=cache), expected
     )
     assert len(cache) == DEPTH
-    assert cache.is_croppable
     assert not cache.is_compileable
-    assert cache.batch_size == 1
+    assert cache.layers[0].batch_size == 1
 
 
 def test_a_draft_model(llava: Any) -> None:
@@ -411,7 +410,7 @@ def test_rows_of_an_empty_cache(llava: Any) -> None:
     cache.crop(-1)
     cache.reset()
     cache.shrink()
-    assert (cache.get_seq_length(), cache.kv_bytes_allocated, cache.batch_size) == (0, 0, -1)
+    assert (cache.get_seq_length(), cache.kv_bytes_allocated, cache.layers[0].batch_size) == (0, 0, -1)
     assert cache.layers[0].keys is cache.layers[0].values is None
 
 

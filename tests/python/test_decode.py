@@ -225,23 +225,32 @@ def test_beams_of_a_batch_are_those_of_its_rows(model: Any, family: Family, name
 
 
 def test_beams_with_a_cache_are_those_without(model: Any, family: Family) -> None:
-    """Random dropping does not depend on the text: reading everything anew must give the same beams."""
+    """Random dropping does not depend on the text: reading everything anew must give the same beams, as far as it does
+    without a plan (with transformers 5.0 it does not)."""
     inputs = family.batch(ROWS[2:3])
+    full = [generate(model, inputs, 6, num_beams=3, use_cache=use_cache) for use_cache in (False, True)]
     with lightvlm.attach(model, lightvlm.Random(keep=0.2, min_image_tokens=0)):
         expected = generate(model, inputs, 6, num_beams=3, use_cache=False)
-        assert torch.equal(generate(model, inputs, 6, num_beams=3), expected)
+        found = generate(model, inputs, 6, num_beams=3)
+    assert torch.equal(found, expected) or not torch.equal(*full)
+    assert not torch.equal(found, full[1])
 
 
 def test_sampled_continuations(model: Any, family: Family) -> None:
-    """num_return_sequences is the prompt given so many times, with the same random numbers."""
-    options = {"do_sample": True, "temperature": 1.5, "top_k": 0}
+    """num_return_sequences is the prompt given so many times, with the same random numbers, as far as it is without a
+    plan (with transformers 5.0 it is not)."""
+
+    def sample(copies: int, sequences: int) -> torch.Tensor:
+        torch.manual_seed(5)
+        options = {"do_sample": True, "temperature": 1.5, "top_k": 0, "num_return_sequences": sequences}
+        return generate(model, family.batch([ROWS[2]] * copies), 20, **options)
+
+    full = [sample(3, 1), sample(1, 3)]
     with lightvlm.attach(model, plan_of("usual")):
-        torch.manual_seed(5)
-        expected = generate(model, family.batch([ROWS[2]] * 3), 20, **options)
-        torch.manual_seed(5)
-        found = generate(model, family.batch([ROWS[2]]), 20, num_return_sequences=3, **options)
-    assert torch.equal(found, expected)
-    assert len({tuple(row) for row in found.tolist()}) == 3
+        found = [sample(3, 1), sample(1, 3)]
+        assert torch.equal(sample(1, 3), found[1])
+    assert torch.equal(*found) or not torch.equal(*full)
+    assert len({tuple(row) for row in found[1].tolist()}) == 3
 
 
 @pytest.mark.parametrize("row", [0, 2])

@@ -8,7 +8,7 @@ import lightvlm
 import pytest
 import torch
 from python.test_prefill import ROWS, lightvlm_plan
-from python.tiny import IMAGE_ID, LLAVA, QWEN, VIDEO_ID, Image, generate
+from python.tiny import IMAGE_ID, LLAVA, QWEN, VIDEO_ID, VISION_START, Image, generate
 from torch import Tensor
 
 _TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -161,13 +161,12 @@ def video(frames: int, height: int, width: int) -> dict[str, Tensor]:
 
 
 def video_prompt(before: list[int], tokens: int, after: list[int]) -> dict[str, Tensor]:
-    ids = torch.tensor([[*before, *[VIDEO_ID] * tokens, *after]])
-    kinds = (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
+    ids = torch.tensor([[*before, VISION_START, *[VIDEO_ID] * tokens, *after]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **QWEN.token_types(ids)}
 
 
 def test_a_video_is_reduced_as_one(qwen: Any) -> None:
-    inputs = video_prompt([1, 2], 24, [3, 4, 5]) | video(2, 3, 4)
+    inputs = video_prompt([1], 24, [3, 4, 5]) | video(2, 3, 4)
     full = generate(qwen, inputs, 6)
     with torch.no_grad(), lightvlm.attach(qwen, lightvlm_plan(), trace=True) as run:
         reduced = generate(qwen, inputs, 6)
@@ -180,7 +179,7 @@ def test_a_video_is_reduced_as_one(qwen: Any) -> None:
 
 
 def test_a_video_and_an_image(qwen: Any) -> None:
-    inputs = video_prompt([1, *[IMAGE_ID] * 16, 2], 24, [3, 4, 5])
+    inputs = video_prompt([VISION_START, *[IMAGE_ID] * 16], 24, [3, 4, 5])
     inputs |= video(2, 3, 4) | QWEN.pixels([Image(0)], torch.float32)
     with torch.no_grad(), lightvlm.attach(qwen, lightvlm_plan(), trace=True) as run:
         generate(qwen, inputs, 4)

@@ -27,7 +27,7 @@ UNEVEN = [
 ]
 ADJACENT = [[1, Image(0), Image(1), 3, 4], [1, Image(2), 5]]  # transformers' Qwen refuses them itself
 # a prompt that ends with an image has no text to ask with: its last token scores
-ENDS = [[1, 2, 3, Image(0)], [Image(1)], [Image(1), 2, Image(3)]]
+ENDS = [[1, 2, 3, Image(0)], [4, Image(1)], [4, Image(1), 2, Image(3)]]
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -115,9 +115,13 @@ def test_adjacent_images(llava: Any) -> None:
     check_against_slow(llava, LLAVA, lightvlm_plan(), ADJACENT)
 
 
-@pytest.mark.parametrize("rows", [[row] for row in ENDS], ids=["last", "alone", "both"])
+@pytest.mark.parametrize("rows", [[row] for row in ENDS], ids=["last", "only", "both"])
 def test_prompts_that_end_with_an_image(model: Any, family: Family, rows: Any) -> None:
     check_against_slow(model, family, lightvlm_plan(), rows)
+
+
+def test_an_image_and_nothing_else(llava: Any) -> None:
+    check_against_slow(llava, LLAVA, lightvlm_plan(), [[Image(1)]])
 
 
 def test_prompts_that_end_with_an_image_in_a_batch(model: Any, family: Family) -> None:
@@ -281,10 +285,10 @@ def test_embeddings_instead_of_ids(model: Any, family: Family) -> None:
     embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
     others = {key: value for key, value in inputs.items() if key not in ("input_ids", "mm_token_type_ids")}
     if family is QWEN:  # its positions can only be computed from ids
-        others["position_ids"], _ = model.model.get_rope_index(
-            inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"], None, None,
-            inputs["attention_mask"],
-        )  # fmt: skip
+        others["position_ids"] = torch.zeros(3, *inputs["input_ids"].shape, dtype=torch.long)
+        for b, row in enumerate(ROWS):
+            positions = SlowDecoder(model, None)._positions(family.batch([row]))
+            others["position_ids"][:, b, -positions.shape[1] :] = positions
     with torch.no_grad(), lightvlm.attach(model, lightvlm_plan()) as run:
         expected = model(**inputs).logits
         found = model(inputs_embeds=embeds, **others).logits

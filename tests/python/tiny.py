@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-IMAGE_ID, VIDEO_ID, VOCABULARY = 60, 61, 64
+IMAGE_ID, VIDEO_ID, VISION_START, VOCABULARY = 60, 61, 58, 64
 DEPTH = 5
 _SPREAD = 0.25
 """Standard deviation of the weights. Wide enough that attention is far from uniform and tokens differ."""
@@ -47,9 +48,9 @@ class Family:
         model = model.to(dtype).eval()
         if attention is not None:
             model.set_attn_implementation(attention)
-        model.generation_config.eos_token_id = None
+        model.generation_config.eos_token_id = VOCABULARY  # assisted decoding needs one
         model.generation_config.pad_token_id = 0
-        model.generation_config.suppress_tokens = [58, 59, IMAGE_ID, VIDEO_ID]
+        model.generation_config.suppress_tokens = [VISION_START, IMAGE_ID, VIDEO_ID]
         return model
 
     def make(self, decoder: dict[str, Any]) -> Any:
@@ -155,7 +156,7 @@ class Qwen(Family):
             text_config=text | decoder,
             image_token_id=IMAGE_ID,
             video_token_id=VIDEO_ID,
-            vision_start_token_id=58,
+            vision_start_token_id=VISION_START,
             vision_end_token_id=59,
         )
         return Qwen2_5_VLForConditionalGeneration(config)
@@ -167,7 +168,19 @@ class Qwen(Family):
         self, rows: Sequence[Row], dtype: torch.dtype = torch.float32, left: bool = True
     ) -> dict[str, Tensor]:
         inputs = super().batch(rows, dtype, left)
-        return inputs | {"mm_token_type_ids": (inputs["input_ids"] == IMAGE_ID).int()}
+        ids = inputs["input_ids"]
+        # older transformers finds images by the token before them
+        before = (ids[:, 1:] == IMAGE_ID) & (ids[:, :-1] != IMAGE_ID)
+        ids[:, :-1][before] = VISION_START
+        return inputs | self.token_types(ids)
+
+    def token_types(self, ids: Tensor) -> dict[str, Tensor]:
+        """Which tokens are images and videos, where the model wants to be told."""
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+
+        if "mm_token_type_ids" not in inspect.signature(Qwen2_5_VLModel.forward).parameters:
+            return {}
+        return {"mm_token_type_ids": (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()}
 
     def pixels(self, images: Sequence[Image], dtype: torch.dtype) -> dict[str, Tensor]:
         patches = [_noise(image, 4 * image.tokens, 3 * 2 * 4 * 4) for image in images]
