@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .methods import _METHODS, method, method_names
+from .methods import METHODS, method, method_names
 from .plan import Part, Plan
 
 
@@ -53,7 +53,7 @@ def describe(name: str) -> dict[str, Any]:
     A method function's own arguments come first, then the fields of its prefill part that they leave out. What an
     argument means is in the field of its name, or in the cache part's for ``decode_...``.
     """
-    found = _METHODS[name]
+    found = METHODS[name]
     signature = inspect.signature(found.make)
     plan = found.make()
     prefill, cache = _fields(plan.prefill), _fields(plan.cache)

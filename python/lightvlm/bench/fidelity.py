@@ -8,7 +8,6 @@ are resampled together (paired). Whole curves are printed, not single points.
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import sys
 import time
@@ -20,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ..catalogue import parse_options
 from ..methods import method, method_names
 from ..plan import Plan
 from ..runtime import attach
@@ -144,20 +144,6 @@ def bootstrap(scores: NDArray[np.float64], seed: int = 0) -> tuple[float, float]
     means = per_scene[rng.integers(0, len(per_scene), (_RESAMPLES, len(per_scene)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
-
-
-def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """``name=value`` pairs; values are Python literals, or else strings."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, sign, value = pair.partition("=")
-        if not sign or not name:
-            raise ValueError(f"--option must be NAME=VALUE, got {pair!r}")
-        try:
-            options[name.replace("-", "_")] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[name.replace("-", "_")] = value
-    return options
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from .base import Method
 from .lightvlm import LightVLM
 from .random import Random
 
-_METHODS = {
+METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
@@ -18,7 +18,7 @@ _METHODS = {
 
 def method_names() -> list[str]:
     """Names that :func:`method` takes."""
-    return sorted(_METHODS)
+    return sorted(METHODS)
 
 
 def method(name: str, **options: object) -> Plan:
@@ -28,7 +28,7 @@ def method(name: str, **options: object) -> Plan:
         ValueError: no such method, or an option out of range.
         TypeError: an option the method does not have.
     """
-    found = _METHODS.get(name)
+    found = METHODS.get(name)
     if found is None:
         raise ValueError(f"method must be one of {', '.join(method_names())}, got {name!r}")
     return found.make(**options)
