@@ -24,10 +24,8 @@ arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capabil
 [ "$arch" = 9.0 ] && arch=9.0a
 export TORCH_CUDA_ARCH_LIST=$arch LIGHTVLM_CUDA=on PYTHONPATH=$PWD:$PWD/python PYTHONUNBUFFERED=1
 prefix=build/gpu-lane
-# pybind11's headers come with torch where the package itself is not installed.
-pybind=$("$python" -c 'import pybind11; print(pybind11.get_cmake_dir())' 2>/dev/null || true)
 
-part configure 120 cmake -S . -B "$prefix" -G Ninja -DPython_EXECUTABLE="$(command -v "$python")" -DLIGHTVLM_CUDA=on ${pybind:+-Dpybind11_DIR="$pybind"}
+part configure 120 cmake -S . -B "$prefix" -G Ninja -DPython_EXECUTABLE="$(command -v "$python")" -DLIGHTVLM_CUDA=on
 part build 400 cmake --build "$prefix"
 part install 60 cmake --install "$prefix" --prefix .
 part doctor 60 "$python" -m lightvlm doctor --json
