@@ -17,7 +17,7 @@ ROWS = [
     [1, 2, Image(0), 3, 4, 5],
     [6, 7, 8],
     [1, Image(1), 9, Image(2), *range(10, 20)],
-    [Image(3), 21],
+    [22, Image(3), 21],
 ]
 # sizes that only Qwen's images can have: one token, a tall one
 UNEVEN = [
@@ -239,7 +239,7 @@ def test_lengths_of_forward(model: Any, family: Family) -> None:
     assert out.past_key_values.get_seq_length() == length
     assert [layer.seen for layer in out.past_key_values.layers] == [length] * DEPTH
     assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [length, 30, 30, 22, 22]
-    text = 5 + 3 + 12 + 1
+    text = 5 + 3 + 12 + 2
     assert run.report().tokens_per_layer == [(text + 4 * kept) / 4 for kept in (16, 9, 9, 5, 5)]
 
 

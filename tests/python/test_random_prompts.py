@@ -23,14 +23,16 @@ LAYERS = st.lists(st.integers(1, 4), min_size=1, max_size=3, unique=True).map(
 
 
 def prompts(family: Family) -> Any:
-    """Batches. A prompt does not end with an image: the position after it is another in Qwen's generate()."""
+    """Batches of which a row at least has an image. None ends with one: what follows it is placed otherwise in
+    Qwen's generate(), as are padded batches of text alone in that of older transformers."""
     sides = st.integers(1, 5) if family is QWEN else st.just(4)
     images = st.builds(Image, st.integers(0, 9), sides, sides)
     parts = st.lists(st.tuples(WORDS, images), max_size=3)
     row = st.builds(
         lambda parts, end: [x for words, image in parts for x in (*words, image)] + end, parts, WORDS
     )
-    return st.lists(row, min_size=1, max_size=4)
+    rows = st.lists(row, min_size=1, max_size=4)
+    return rows.filter(lambda rows: any(isinstance(item, Image) for row in rows for item in row))
 
 
 REDUCTIONS = st.one_of(

@@ -13,7 +13,7 @@ from lightvlm import Report
 from python.test_prefill import ROWS, lightvlm_plan
 from python.tiny import DEPTH, LLAVA, QWEN, Family, Image, generate
 
-TEXT = [5, 3, 12, 1]
+TEXT = [5, 3, 12, 2]
 IMAGES: list[list[int]] = [[16], [], [16, 16], [16]]
 
 

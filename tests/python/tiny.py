@@ -162,6 +162,8 @@ class Qwen(Family):
         return Qwen2_5_VLForConditionalGeneration(config)
 
     def positions(self, model: Any, mask: Tensor, new: int) -> Tensor:
+        if not self.token_types(mask):  # the deltas of older transformers count padding
+            mask = torch.ones_like(mask)
         return super().positions(model, mask, new).expand(3, -1, -1) + model.model.rope_deltas
 
     def batch(
