@@ -47,6 +47,8 @@ def attach(model: nn.Module, plan: Plan, *, trace: bool = False) -> Run:
         the cache to go on with; an empty ``DynamicCache`` that was passed becomes it. Where the logits of the
         last k > 1 tokens are asked for (``logits_to_keep=k``), those after the first of them are answers to be
         rated or drafts to be verified, and have no say in which image tokens stay.
+        In chunked prefill (``prefill_chunk_size``) only the first chunk is reduced, as a prompt of its own. Eager
+        attention returns its weights for the layers before the first stage.
 
     Raises:
         TypeError: model or plan of the wrong kind, or a model class that lightvlm does not know.
