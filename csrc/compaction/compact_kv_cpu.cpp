@@ -23,8 +23,8 @@ namespace {
 
 constexpr int64_t kLineBytes = 64;
 constexpr int kMaxLanes = 8;
-// Bytes of sources under way, over all lanes; at least two rows of each.
-constexpr int64_t kPrefetchBytes = 3072;
+// Bytes of sources under way, over all lanes; at least a row of each.
+constexpr int64_t kPrefetchBytes = 4096;
 // Runs from here on are left to memmove.
 constexpr int64_t kMemmoveBytes = 4096;
 // Moves from here on bypass the caches: their results would not stay there anyway.
@@ -123,7 +123,7 @@ struct Bundle {
             row_bytes += lane[l].row_bytes;
             adjacent = adjacent && lane[l].row_bytes == lane[l].token_stride;
         }
-        const int64_t ahead = std::clamp<int64_t>(kPrefetchBytes / row_bytes, 2, 16);
+        const int64_t ahead = std::clamp<int64_t>(kPrefetchBytes / row_bytes, 1, 16);
         int64_t slot = 0;
         while (slot < count && index[slot] == slot) ++slot;
         while (slot < count) {
