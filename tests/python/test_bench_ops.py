@@ -7,7 +7,8 @@ import json
 import math
 
 import pytest
-from lightvlm.bench import op_cases, ops
+import torch
+from lightvlm.bench import cases, ops
 
 
 def arguments(*options: str) -> argparse.Namespace:
@@ -16,7 +17,7 @@ def arguments(*options: str) -> argparse.Namespace:
     return parser.parse_args(options)
 
 
-@pytest.mark.parametrize("name", sorted(op_cases.CASES))
+@pytest.mark.parametrize("name", sorted(cases.CASES))
 def test_rows_are_complete(name: str) -> None:
     result = ops.run(arguments("--op", name, "--tokens", "64", "--cache-mib", "1", "--rounds", "2"))
     assert result["kind"] == "ops"
@@ -45,9 +46,9 @@ def test_a_wrong_result_is_not_timed() -> None:
     def wrong() -> None:
         raise AssertionError("disagrees")
 
-    case = op_cases.Case("a case", lambda: None, {"other": lambda: None}, wrong)
+    case = cases.Case("a case", lambda: None, {"other": lambda: None}, wrong)
     with pytest.raises(AssertionError, match="disagrees"):
-        ops.measure("op", case, 1, op_cases.torch.device("cpu"))
+        ops.measure("op", case, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

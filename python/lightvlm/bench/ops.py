@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from .cases import CASES, MODELS, Case, Sizes
 from .common import describe
-from .op_cases import CASES, Case
 
 _WARM_UP = 2
 _SHORTEST = 2e-3  # seconds that are timed at once
@@ -29,8 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the benchmark."""
     parser.add_argument("--op", choices=sorted(CASES), nargs="+", default=sorted(CASES))
     parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[1000, 2000], help="tokens of the prefill ops"
+        "--tokens", type=int, nargs="+", default=None, help="default: what each op's cases find telling"
     )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--model", choices=sorted(MODELS), nargs="+", default=["0.5b", "7b"])
     parser.add_argument(
         "--cache-mib",
         type=int,
@@ -44,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run the benchmark; returns the JSON object of ``lightvlm bench ops``."""
-    for name, value in (("rounds", args.rounds), ("cache-mib", args.cache_mib), ("tokens", min(args.tokens))):
+    smallest = {"rounds": args.rounds, "cache-mib": args.cache_mib, "batch": min(args.batch)}
+    if args.tokens is not None:
+        smallest["tokens"] = min(args.tokens)
+    for name, value in smallest.items():
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     device = torch.device(args.device)
@@ -58,8 +63,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     try:
         with torch.inference_mode():
             rows = []
+            sizes = Sizes(
+                device,
+                tuple(args.tokens) if args.tokens is not None else None,
+                tuple(args.batch),
+                tuple(args.model),
+                args.cache_mib << 20,
+            )
             for name in args.op:
-                for case in CASES[name](args.tokens, args.cache_mib << 20, device):
+                for case in CASES[name](sizes):
                     rows.append(measure(name, case, args.rounds, device))
             return {"kind": "ops", **describe(args.device), "rows": rows}
     finally:
