@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from python.tiny import LLAVA, QWEN, Family
+from python.tiny import INTERNVL, LLAVA, QWEN, Family
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def _models() -> dict[tuple[str, torch.dtype], Any]:
     return {}
 
 
-@pytest.fixture(params=[LLAVA, QWEN], ids=lambda family: family.name)
+@pytest.fixture(params=[LLAVA, INTERNVL, QWEN], ids=lambda family: family.name)
 def family(request: pytest.FixtureRequest) -> Family:
     return request.param
 

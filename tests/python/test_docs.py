@@ -12,8 +12,7 @@ import pytest
 import torch
 from lightvlm import models, plan
 from python.test_prefill import ROWS, lightvlm_plan
-from python.tiny import IMAGE_ID, LLAVA, generate, generate_logits
-from torch import Tensor
+from python.tiny import IMAGE_ID, LLAVA, Image, generate, generate_logits
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -54,46 +53,38 @@ def test_adding_a_method(llava: Any, last_token: Any) -> None:
         last_token(layer=0)
 
 
-def internvl() -> Any:
-    from transformers import InternVLConfig, InternVLForConditionalGeneration
+def vip_llava() -> Any:
+    from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
-    sizes = {"intermediate_size": 32, "num_attention_heads": 4}
-    config = InternVLConfig(
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4}
+    config = VipLlavaConfig(
         vision_config={
-            "hidden_size": 16, "num_hidden_layers": 1, "image_size": [32, 32], "patch_size": [4, 4], **sizes,
+            "model_type": "clip_vision_model", "num_hidden_layers": 2, "image_size": 16, "patch_size": 4, **sizes,
         },
         text_config={
-            "model_type": "qwen2", "hidden_size": 32, "num_hidden_layers": 5, "num_key_value_heads": 2,
-            "vocab_size": 64, "initializer_range": 0.25, **sizes,
+            "model_type": "llama", "num_hidden_layers": 5, "num_key_value_heads": 2, "vocab_size": 64,
+            "initializer_range": 0.25, **sizes,
         },
-        image_token_id=IMAGE_ID,
-        image_seq_length=16,
+        image_token_index=IMAGE_ID,
+        vision_feature_layers=[-1, -2],
     )  # fmt: skip
-    model = InternVLForConditionalGeneration(config).eval()
+    model = VipLlavaForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     model.generation_config.suppress_tokens = [IMAGE_ID]
     return model
 
 
-def tiles(counts: list[int], texts: list[int]) -> dict[str, Tensor]:
-    """Rows of a picture of so many tiles, and so many tokens of text."""
-    rows = [[1, *[IMAGE_ID] * 16 * n, *range(2, 2 + text)] for n, text in zip(counts, texts, strict=True)]
-    length = max(map(len, rows))
-    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
-    pixels = torch.randn(sum(counts), 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    return {"input_ids": ids, "attention_mask": (ids > 0).int(), "pixel_values": pixels}
-
-
 def test_adding_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = internvl()
+    model = vip_llava()
     with pytest.raises(
-        TypeError, match="model is a InternVLForConditionalGeneration, which lightvlm does not know"
+        TypeError, match="model is a VipLlavaForConditionalGeneration, which lightvlm does not know"
     ):
         lightvlm.attach(model, lightvlm.Plan())
-    family = example("adding-a-model.md")["InternVL"]
+    family = example("adding-a-model.md")["VipLlava"]
     monkeypatch.setattr(models, "FAMILIES", (*models.FAMILIES, family))
 
-    inputs = tiles([2, 1], [3, 9])
+    rows = [[1, Image(0), Image(1), 2, 3], [1, Image(2), *range(2, 11)]]
+    inputs = LLAVA.batch(rows)
     full = generate(model, inputs, 6)
     with lightvlm.attach(model, lightvlm.LightVLM(keep=1, decode_keep=None)):
         assert torch.equal(generate(model, inputs, 6), full)
@@ -102,13 +93,8 @@ def test_adding_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         kept = run.kept
         model(**inputs)
         assert run.kept == kept
-        alone = []
-        for row, pixels in enumerate(inputs["pixel_values"].split([2, 1])):
-            real = inputs["attention_mask"][row].bool()
-            ids = inputs["input_ids"][row : row + 1, real]
-            one = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-            alone.append(generate(model, one, 6)[0])
-    assert [[len(tile) for tile in row] for row in kept[3]] == [[5, 5], [5]]
+        alone = [generate(model, LLAVA.batch([row]), 6)[0] for row in rows]
+    assert [[len(image) for image in row] for row in kept[3]] == [[5, 5], [5]]
     assert torch.equal(together, torch.stack(alone))
     assert not torch.equal(together, full)
     assert run.report().stepped_aside == {}

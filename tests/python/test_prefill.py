@@ -58,7 +58,7 @@ def slow_options(part: Any) -> dict[str, Any]:
 def prompt(family: Family, rows: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Inputs of forward(); generate() makes the positions itself."""
     inputs = family.batch(rows, dtype)
-    if family is LLAVA:
+    if family is not QWEN:
         inputs["position_ids"] = family.positions(
             None, inputs["attention_mask"], inputs["input_ids"].shape[1]
         )

@@ -1,4 +1,5 @@
-"""Tiny random VLMs and batches for them: a LLaVA with a Llama decoder (GQA), and a Qwen2.5-VL with M-RoPE."""
+"""Tiny random VLMs and batches for them: a LLaVA with a Llama decoder (GQA), an InternVL, and a Qwen2.5-VL with
+M-RoPE."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ _SPREAD = 0.25
 
 @dataclass(frozen=True)
 class Image:
-    """A picture of noise of height x width tokens; LLaVA's are always 4 x 4."""
+    """A picture of noise of height x width tokens; LLaVA's, and InternVL's tiles, are always 4 x 4."""
 
     seed: int
     height: int = 4
@@ -117,6 +118,43 @@ class Llava(Family):
         return {"pixel_values": torch.stack([_noise(image, 3, 16, 16) for image in images]).to(dtype)}
 
 
+class InternVL(Family):
+    """InternVLForConditionalGeneration: an image is one tile, whose patches are merged two by two."""
+
+    name = "internvl"
+
+    def make(self, decoder: dict[str, Any]) -> Any:
+        from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+        vision = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": [32, 32],
+            "patch_size": [4, 4],
+            "initializer_range": _SPREAD,
+        }
+        text = {
+            "model_type": "qwen2",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": DEPTH,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 512,
+            "initializer_range": _SPREAD,
+        }
+        config = InternVLConfig(
+            vision_config=vision, text_config=text | decoder, image_token_id=IMAGE_ID, image_seq_length=16
+        )
+        return InternVLForConditionalGeneration(config)
+
+    def pixels(self, images: Sequence[Image], dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"pixel_values": torch.stack([_noise(image, 3, 32, 32) for image in images]).to(dtype)}
+
+
 class Qwen(Family):
     """Qwen2_5_VLForConditionalGeneration: images of any size."""
 
@@ -190,7 +228,7 @@ class Qwen(Family):
         return {"pixel_values": torch.cat(patches).to(dtype), "image_grid_thw": grid}
 
 
-LLAVA, QWEN = Llava(), Qwen()
+LLAVA, INTERNVL, QWEN = Llava(), InternVL(), Qwen()
 
 
 def _tokens(item: int | Image) -> list[int]:

@@ -7,10 +7,11 @@ import inspect
 from torch import nn
 
 from .base import Adapter, attention_kinds
+from .internvl import InternVL
 from .llava import Llava
 from .qwen2_5_vl import Qwen2_5_VL
 
-FAMILIES: tuple[type[Adapter], ...] = (Llava, Qwen2_5_VL)
+FAMILIES: tuple[type[Adapter], ...] = (InternVL, Llava, Qwen2_5_VL)
 
 
 def supported_classes() -> list[str]:
