@@ -13,6 +13,11 @@
 // intrinsics from a function marked LIGHTVLM_TARGET_AVX512. Helpers called from run() must be
 // LIGHTVLM_INLINE too, or they are compiled once, portably.
 //
+// A Body that has use for the dot-product instructions says so and gets their levels besides
+// (compare with >=: all that kAvx512 has is there too):
+//
+//       static constexpr CpuLevel kHighestLevel = CpuLevel::kAvx512Bf16;
+//
 // Floating-point contraction is off for the whole library (-ffp-contract=off): a level changes
 // speed. It changes a result only where run() itself picks another order of summation.
 #pragma once
@@ -30,33 +35,62 @@
     __attribute__((                                                                      \
         target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt," \
                "prefer-vector-width=512")))
+#define LIGHTVLM_TARGET_AVX512_VNNI                                                      \
+    __attribute__((                                                                      \
+        target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt," \
+               "avx512vnni,prefer-vector-width=512")))
+#define LIGHTVLM_TARGET_AVX512_BF16                                                      \
+    __attribute__((                                                                      \
+        target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt," \
+               "avx512vnni,avx512bf16,prefer-vector-width=512")))
 #endif
 
 namespace lightvlm {
 
-enum class CpuLevel : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+// kAvx512Vnni: vpdpbusd, vpdpwssd. kAvx512Bf16: these and vdpbf16ps (no processor has it without).
+enum class CpuLevel : int {
+    kPortable = 0,
+    kAvx2 = 1,
+    kAvx512 = 2,
+    kAvx512Vnni = 3,
+    kAvx512Bf16 = 4,
+};
 
-// What this CPU has, lowered (never raised) by LIGHTVLM_CPU_LEVEL=portable|avx2|avx512.
-inline CpuLevel cpu_level() {
-    static const CpuLevel level = [] {
-        CpuLevel found = CpuLevel::kPortable;
+namespace detail {
+
+// What this CPU has, lowered (never raised) by
+// LIGHTVLM_CPU_LEVEL=portable|avx2|avx512|avx512_vnni|avx512_bf16.
+inline CpuLevel usable_cpu_level() {
+    CpuLevel found = CpuLevel::kPortable;
 #if defined(__x86_64__)
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-            __builtin_cpu_supports("bmi2")) {
-            found = CpuLevel::kAvx2;
-            if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-                found = CpuLevel::kAvx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("bmi2")) {
+        found = CpuLevel::kAvx2;
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+            found = CpuLevel::kAvx512;
+            if (__builtin_cpu_supports("avx512vnni")) {
+                found = __builtin_cpu_supports("avx512bf16") ? CpuLevel::kAvx512Bf16
+                                                             : CpuLevel::kAvx512Vnni;
             }
         }
+    }
 #endif
-        const char* wanted = std::getenv("LIGHTVLM_CPU_LEVEL");
-        if (wanted == nullptr) return found;
-        if (std::strcmp(wanted, "portable") == 0) return CpuLevel::kPortable;
-        if (std::strcmp(wanted, "avx2") == 0 && found > CpuLevel::kAvx2) return CpuLevel::kAvx2;
-        return found;
-    }();
-    return level;
+    const char* wanted = std::getenv("LIGHTVLM_CPU_LEVEL");
+    if (wanted == nullptr) return found;
+    constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
+    for (int level = 0; level < static_cast<int>(found); ++level) {
+        if (std::strcmp(wanted, kNames[level]) == 0) return static_cast<CpuLevel>(level);
+    }
+    return found;
+}
+
+}  // namespace detail
+
+// The level to run at, for code that has versions up to `highest`.
+inline CpuLevel cpu_level(CpuLevel highest = CpuLevel::kAvx512) {
+    static const CpuLevel level = detail::usable_cpu_level();
+    return level < highest ? level : highest;
 }
 
 namespace detail {
@@ -76,7 +110,26 @@ template <typename Body, typename... Args>
 LIGHTVLM_TARGET_AVX512 auto run_avx512(Args... args) {
     return Body::template run<CpuLevel::kAvx512>(args...);
 }
+
+template <typename Body, typename... Args>
+LIGHTVLM_TARGET_AVX512_VNNI auto run_avx512_vnni(Args... args) {
+    return Body::template run<CpuLevel::kAvx512Vnni>(args...);
+}
+
+template <typename Body, typename... Args>
+LIGHTVLM_TARGET_AVX512_BF16 auto run_avx512_bf16(Args... args) {
+    return Body::template run<CpuLevel::kAvx512Bf16>(args...);
+}
 #endif
+
+template <typename Body>
+constexpr CpuLevel highest_level() {
+    if constexpr (requires { Body::kHighestLevel; }) {
+        return Body::kHighestLevel;
+    } else {
+        return CpuLevel::kAvx512;
+    }
+}
 
 }  // namespace detail
 
@@ -84,7 +137,15 @@ LIGHTVLM_TARGET_AVX512 auto run_avx512(Args... args) {
 template <typename Body, typename... Args>
 auto multiversion(Args... args) {
 #if defined(__x86_64__)
-    switch (cpu_level()) {
+    constexpr CpuLevel kHighest = detail::highest_level<Body>();
+    const CpuLevel level = cpu_level(kHighest);
+    if constexpr (kHighest >= CpuLevel::kAvx512Bf16) {
+        if (level == CpuLevel::kAvx512Bf16) return detail::run_avx512_bf16<Body>(args...);
+    }
+    if constexpr (kHighest >= CpuLevel::kAvx512Vnni) {
+        if (level == CpuLevel::kAvx512Vnni) return detail::run_avx512_vnni<Body>(args...);
+    }
+    switch (level) {
         case CpuLevel::kAvx512:
             return detail::run_avx512<Body>(args...);
         case CpuLevel::kAvx2:
