@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -59,6 +59,9 @@ class Case:
     name: of the inputs.   op: calls the native op.   baselines: name -> the same result in plain torch.
     verify: raises AssertionError unless they agree.   floors: name -> a plain copy of as many bytes as the op
     moves.   bytes: how many the op has to read and write.   flops: that it has to do; 0 where bytes are the bound.
+    precision: of the arithmetic that flops counts; says which ceiling of the device applies.
+    parameters: the sizes by which a goal is found (`bench/goals.py`): tokens, batch, rows, model, window, bits,
+    layers, ... What is left out of model, tokens and batch is taken from the Sizes that the case was made for.
     """
 
     name: str
@@ -68,6 +71,8 @@ class Case:
     floors: dict[str, Callable[[], object]] = field(default_factory=dict)
     bytes: int = 0
     flops: int = 0
+    precision: torch.dtype = torch.bfloat16
+    parameters: Mapping[str, int | float | str] = field(default_factory=dict)
 
 
 def require(same: bool, message: str) -> None:
