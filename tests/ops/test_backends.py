@@ -110,12 +110,12 @@ def test_the_gpu_tier_is_there_where_a_gpu_is() -> None:
     assert CUDA.needs_gpu
 
 
-@pytest.mark.parametrize(
-    ("value", "marked"), [(SimpleNamespace(needs_gpu=True), True), (EMULATED, False), (3, False)]
-)
-def test_its_tests_are_marked(value: object, marked: bool) -> None:
-    marks: list[str] = []
-    item = SimpleNamespace(callspec=SimpleNamespace(params={"backend": value}), add_marker=marks.append)
-    plain = SimpleNamespace(add_marker=marks.append)
-    conftest.pytest_collection_modifyitems([item, plain])
-    assert marks == ["gpu"] * marked
+def test_its_tests_are_marked() -> None:
+    marked: list[object] = []
+
+    def item(value: object) -> SimpleNamespace:
+        parameters = SimpleNamespace(params={"backend": value})
+        return SimpleNamespace(callspec=parameters, add_marker=lambda mark: marked.append((value, mark)))
+
+    conftest.pytest_collection_modifyitems([item(CUDA), item(EMULATED), item(3), SimpleNamespace()])
+    assert marked == [(CUDA, "gpu")]
