@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from . import _checks
+
 PACKED_BITS = (8, 4, 2)
+PACKED_BLOCK = 64
 PACKED_HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 
 
@@ -68,7 +71,88 @@ class PackedKV:
         fields = (getattr(self, field.name) for field in dataclasses.fields(self))
         return sum(one.numel() * one.element_size() for one in fields if isinstance(one, torch.Tensor))
 
+    def narrow(self, start: int, length: int) -> PackedKV:
+        """Tokens [start, start + length), as views; start is a multiple of block. Without lens."""
+        first, last = start // self.block, -(-(start + length) // self.block)
+        return PackedKV(
+            self.bits,
+            self.head_dim,
+            self.block,
+            self.key_codes[:, :, start : start + length],
+            self.value_codes[:, :, start : start + length],
+            self.key_scale[:, :, first:last],
+            self.key_zero[:, :, first:last],
+            self.value_channel[:, :, first:last],
+            self.value_token[:, :, start : start + length],
+        )
+
 
 def packed_row_bytes(head_dim: int, bits: int) -> int:
     """Bytes of a token's codes in one head."""
     return -(-head_dim // 32) * 32 * bits // 8
+
+
+def empty_packed(like: torch.Tensor, *, bits: int, block: int, lens: torch.Tensor | None = None) -> PackedKV:
+    """Uninitialised storage for as many tokens as `like`, (B, N, Hkv, D), has, on its device."""
+    batch, tokens, heads, width = like.shape
+    blocks = -(-tokens // block)
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty((batch, heads, *shape), dtype=dtype, device=like.device)
+
+    row = packed_row_bytes(width, bits)
+    return PackedKV(
+        bits=bits,
+        head_dim=width,
+        block=block,
+        key_codes=empty(tokens, row, dtype=torch.uint8),
+        value_codes=empty(tokens, row, dtype=torch.uint8),
+        key_scale=empty(blocks, width, dtype=torch.float32),
+        key_zero=empty(blocks, width, dtype=torch.float32),
+        value_channel=empty(blocks, width, dtype=torch.float32),
+        value_token=empty(tokens, 2, dtype=torch.float16),
+        lens=lens,
+    )
+
+
+def check_packed(value: object, name: str) -> PackedKV:
+    """`value` as a PackedKV whose tensors fit each other, or TypeError or ValueError naming the field.
+
+    Contiguous are the rows of codes, the channels of channel parameters and the pair in value_token; other
+    strides are free.
+    """
+    if not isinstance(value, PackedKV):
+        raise TypeError(f"{name}: got {type(value).__name__}, must be a PackedKV")
+    if value.bits not in PACKED_BITS:
+        raise ValueError(f"{name}.bits: got {value.bits!r}, must be 8, 4 or 2")
+    if value.head_dim not in PACKED_HEAD_DIMS:
+        supported = ", ".join(str(d) for d in PACKED_HEAD_DIMS)
+        raise ValueError(f"{name}.head_dim: got {value.head_dim!r}, must be one of {supported}")
+    codes = _checks.tensor(value.key_codes, f"{name}.key_codes")
+    _checks.shape(codes, f"{name}.key_codes", ("B", "Hkv", "N", packed_row_bytes(value.head_dim, value.bits)))
+    batch, heads, tokens, row = codes.shape
+    block = _checks.integer(value.block, f"{name}.block", 1)
+    if block < tokens and block % PACKED_BLOCK:
+        raise ValueError(
+            f"{name}.block: got {block}, must be a multiple of {PACKED_BLOCK}, or at least the {tokens} tokens"
+        )
+    channels = (batch, heads, -(-tokens // block), value.head_dim)
+    for field, shape, dtype in (
+        ("key_codes", (batch, heads, tokens, row), torch.uint8),
+        ("value_codes", (batch, heads, tokens, row), torch.uint8),
+        ("key_scale", channels, torch.float32),
+        ("key_zero", channels, torch.float32),
+        ("value_channel", channels, torch.float32),
+        ("value_token", (batch, heads, tokens, 2), torch.float16),
+        ("lens", (batch,), torch.int32),
+    ):
+        one = getattr(value, field)
+        if field == "lens" and one is None:
+            continue
+        one = _checks.tensor(one, f"{name}.{field}")
+        _checks.dtype(one, f"{name}.{field}", dtype)
+        _checks.shape(one, f"{name}.{field}", shape)
+        _checks.same_device(one, f"{name}.{field}", codes, f"{name}.key_codes")
+        if field != "lens":
+            _checks.last_contiguous(one, f"{name}.{field}")
+    return value
