@@ -40,11 +40,19 @@ class CMakeBuild(build_ext):
             # env(1) looks its command up in the new PATH; subprocess alone would use the old one.
             subprocess.run(["env", f"PATH={path}", *command], check=True)
 
+    def _outputs(self) -> list[str]:
+        """What was installed; the notes on kernels are there where nvcc was."""
+        notes = "lightvlm_ext/_C.kernels.json"
+        with_cuda = (Path(self.build_temp) / Path(notes).name).exists()
+        return [*OUTPUTS, notes] if with_cuda else [*OUTPUTS]
+
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / output) for output in OUTPUTS]
+        return [str(Path(self.build_lib) / output) for output in self._outputs()]
 
     def get_output_mapping(self) -> dict[str, str]:
-        return {str(Path(self.build_lib) / output): output for output in OUTPUTS} if self.inplace else {}
+        return (
+            {str(Path(self.build_lib) / output): output for output in self._outputs()} if self.inplace else {}
+        )
 
 
 setup(

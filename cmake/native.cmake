@@ -47,6 +47,25 @@ if(LIGHTVLM_WITH_CUDA)
     # --expt-relaxed-constexpr: constexpr functions of the standard library in kernels.
     target_compile_options(lightvlm_ops PRIVATE
         "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;--threads=1;-lineinfo;-Xcompiler=-fno-gnu-unique>")
+
+    # _C.kernels.json: registers, spills and shared memory of every kernel, for scripts/kernel_budget.py.
+    set(_resources "${PROJECT_SOURCE_DIR}/cmake/kernel_resources.py")
+    set_target_properties(lightvlm_ops PROPERTIES CUDA_COMPILER_LAUNCHER
+        "${Python_EXECUTABLE};${_resources};compile")
+    if(CMAKE_CUDA_COMPILER_LAUNCHER)
+        set_property(TARGET lightvlm_ops APPEND PROPERTY
+            CUDA_COMPILER_LAUNCHER ${CMAKE_CUDA_COMPILER_LAUNCHER})
+    endif()
+    set(_notes "")
+    foreach(op IN LISTS LIGHTVLM_OPS)
+        list(APPEND _notes "CMakeFiles/lightvlm_ops.dir/csrc/${op}.cu${CMAKE_CUDA_OUTPUT_EXTENSION}.ptxas")
+    endforeach()
+    add_custom_command(TARGET lightvlm_ops POST_BUILD
+        COMMAND "${Python_EXECUTABLE}" "${_resources}" collect _C.kernels.json ${_notes}
+        WORKING_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}"
+        BYPRODUCTS "${CMAKE_CURRENT_BINARY_DIR}/_C.kernels.json"
+        VERBATIM)
+    install(FILES "${CMAKE_CURRENT_BINARY_DIR}/_C.kernels.json" DESTINATION lightvlm_ext)
 endif()
 
 execute_process(COMMAND "${Python_EXECUTABLE}" -m pybind11 --cmakedir
