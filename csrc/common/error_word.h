@@ -21,7 +21,9 @@ enum ErrorBit : int32_t {
     kErrorInfiniteScore = 1 << 6,
     kErrorNegativeKeep = 1 << 7,
     kErrorSegmentRange = 1 << 8,
-    kErrorLast = kErrorSegmentRange,
+    kErrorMerge = 1 << 9,
+    kErrorWindowRange = 1 << 10,
+    kErrorLast = kErrorWindowRange,
 };
 
 // What a set bit means: the argument at fault and the limit it broke.
@@ -45,6 +47,10 @@ constexpr const char* describe_error(int32_t bit) {
             return "keep: must be >= 0";
         case kErrorSegmentRange:
             return "segment: an id is not below the columns of keep";
+        case kErrorMerge:
+            return "merge: a count must be >= 0, a share in [0, 1]";
+        case kErrorWindowRange:
+            return "window: an id is not below the columns of merge";
         default:
             return "unknown error";
     }
