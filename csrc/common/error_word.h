@@ -23,7 +23,8 @@ enum ErrorBit : int32_t {
     kErrorSegmentRange = 1 << 8,
     kErrorMerge = 1 << 9,
     kErrorWindowRange = 1 << 10,
-    kErrorLast = kErrorWindowRange,
+    kErrorNotFinite = 1 << 11,
+    kErrorLast = kErrorNotFinite,
 };
 
 // What a set bit means: the argument at fault and the limit it broke.
@@ -51,6 +52,8 @@ constexpr const char* describe_error(int32_t bit) {
             return "merge: a count must be >= 0, a share in [0, 1]";
         case kErrorWindowRange:
             return "window: an id is not below the columns of merge";
+        case kErrorNotFinite:
+            return "key, value: an entry is NaN or infinite";
         default:
             return "unknown error";
     }
