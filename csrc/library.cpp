@@ -32,6 +32,12 @@ STABLE_TORCH_LIBRARY(lightvlm, m) {
         "merge_tokens(Tensor x, Tensor metric, Tensor index, Tensor count, Tensor weight, "
         "Tensor group, bool right, Tensor(a!) out, Tensor(b!)? target, Tensor(c!)? workspace, "
         "Tensor(d!)? error) -> ()");
+    m.def(
+        "decode_attention(Tensor query, Tensor[] key, Tensor[] value, int[] bits, int[] block, "
+        "Tensor?[] lens, Tensor?[] leftpad, Tensor?[] key_scale, Tensor?[] key_zero, "
+        "Tensor?[] value_channel, Tensor?[] value_token, float scale, Tensor(a!)[] mass, "
+        "int[] mass_segment, Tensor(b!) out, Tensor(c!) lse, Tensor(d!)? workspace, "
+        "Tensor(e!)? ticket, Tensor(f!)? error) -> ()");
 }
 
 #if !defined(LIGHTVLM_EMULATION)

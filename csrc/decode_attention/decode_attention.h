@@ -23,6 +23,8 @@ constexpr int packed_bits(KVFormat format) {
 // A launch takes them by value, within the 4 KiB that a kernel's arguments may have.
 constexpr int64_t kDecodeMaxSegments = 12;
 
+constexpr int64_t kDecodeHeadTile = 8;  // the columns of mma.m16n8k16
+
 // Strides in elements for dense segments, in bytes for codes. A token's row is contiguous. Absent
 // tensors are null. Valid tokens of batch row b are [leftpad[b], lens[b]).
 struct KVSegmentParams {
@@ -40,8 +42,8 @@ struct KVSegmentParams {
     const int32_t* leftpad = nullptr;  // [batch]; dense segments only
 
     // Packed segments only.
-    int64_t block = 0;   // tokens that share channel parameters
-    int64_t blocks = 0;  // ceil(tokens / block)
+    int64_t block = 0;                 // tokens that share channel parameters
+    int64_t blocks = 0;                // ceil(tokens / block)
     const float* key_scale = nullptr;  // [batch, key_heads, blocks, head_dim], contiguous, as the
     const float* key_zero = nullptr;   // next two
     const float* value_channel = nullptr;
@@ -74,9 +76,15 @@ struct DecodeAttentionParams {
 
     void* workspace = nullptr;  // what the implementation keeps between its phases
     int64_t workspace_bytes = 0;
-    int32_t* error = nullptr;  // the device error word
+    int32_t* ticket = nullptr;  // CUDA only: units() zeros, and zeros again afterwards
+    int32_t* error = nullptr;   // the device error word
 
-    int64_t group() const { return query_heads / key_heads; }
+    LIGHTVLM_HOST_DEVICE int64_t group() const { return query_heads / key_heads; }
+    // CUDA only: heads of a group that share a block, and the results that are merged on their own.
+    LIGHTVLM_HOST_DEVICE int64_t head_tiles() const {
+        return (group() + kDecodeHeadTile - 1) / kDecodeHeadTile;
+    }
+    LIGHTVLM_HOST_DEVICE int64_t units() const { return batch * key_heads * head_tiles(); }
     bool wants_mass() const {
         for (int64_t s = 0; s < segments; ++s) {
             if (segment[s].mass != nullptr) return true;

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .._types import Selection
 from .compact_kv import compact_kv_
+from .decode_attention import decode_attention
 from .dequantize_kv import dequantize_kv
 from .gather_tokens import gather_tokens
 from .importance import importance
@@ -18,6 +19,7 @@ from .select_diverse import select_diverse
 __all__ = [
     "Selection",
     "compact_kv_",
+    "decode_attention",
     "dequantize_kv",
     "gather_tokens",
     "importance",

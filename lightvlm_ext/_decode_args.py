@@ -1,0 +1,171 @@
+"""Arguments of decode_attention, checked and flattened, shared by the op and its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from . import _checks
+from ._kv import PACKED_HEAD_DIMS, KVSegment, PackedKV, check_packed
+
+MAX_SEGMENTS = 12  # kDecodeMaxSegments
+
+
+@dataclass
+class DecodeArgs:
+    """Checked arguments; a list has an entry for each segment.
+
+    key, value: (B, N, Hkv, D) of a dense segment, codes (B, Hkv, N, row_bytes) of a packed one.
+    bits: 0 of a dense segment.   mass: buffers, and mass_segment the segments they belong to.
+    """
+
+    query: torch.Tensor
+    scale: float
+    key: list[torch.Tensor] = field(default_factory=list)
+    value: list[torch.Tensor] = field(default_factory=list)
+    bits: list[int] = field(default_factory=list)
+    block: list[int] = field(default_factory=list)
+    lens: list[torch.Tensor | None] = field(default_factory=list)
+    leftpad: list[torch.Tensor | None] = field(default_factory=list)
+    key_scale: list[torch.Tensor | None] = field(default_factory=list)
+    key_zero: list[torch.Tensor | None] = field(default_factory=list)
+    value_channel: list[torch.Tensor | None] = field(default_factory=list)
+    value_token: list[torch.Tensor | None] = field(default_factory=list)
+    mass: list[torch.Tensor] = field(default_factory=list)
+    mass_segment: list[int] = field(default_factory=list)
+
+    def tokens(self, segment: int) -> int:
+        """Tokens that the segment has room for."""
+        return self.key[segment].shape[2 if self.bits[segment] else 1]
+
+    def key_heads(self) -> int:
+        """Key heads; without segments, the query's."""
+        if not self.key:
+            return self.query.shape[2]
+        return self.key[0].shape[1 if self.bits[0] else 2]
+
+
+def check_decode(
+    query: object,
+    segments: object,
+    *,
+    scale: object,
+    mass: object,
+    dtypes: tuple[torch.dtype, ...] = _checks.FLOATING,
+) -> DecodeArgs:
+    """The arguments of decode_attention, with the default scale; see ops.decode_attention for them."""
+    query = _checks.tensor(query, "query")
+    _checks.dtype(query, "query", *dtypes)
+    _checks.shape(query, "query", ("B", 1, "Hq", "D"))
+    width = query.shape[3]
+    if width not in PACKED_HEAD_DIMS:
+        supported = ", ".join(str(d) for d in PACKED_HEAD_DIMS)
+        raise ValueError(f"query: has head width {width}, must be one of {supported}")
+    _checks.last_contiguous(query, "query")
+    args = DecodeArgs(query, width**-0.5 if scale is None else _checks.real(scale, "scale"))
+
+    if not isinstance(segments, Sequence):
+        raise TypeError(f"segments: got {type(segments).__name__}, must be a list of KVSegment and PackedKV")
+    if len(segments) > MAX_SEGMENTS:
+        raise ValueError(f"segments: got {len(segments)}, must be at most {MAX_SEGMENTS}")
+    for number, segment in enumerate(segments):
+        name = f"segments[{number}]"
+        if isinstance(segment, PackedKV):
+            _add_packed(args, check_packed(segment, name), name)
+        elif isinstance(segment, KVSegment):
+            _add_dense(args, segment, name)
+        else:
+            raise TypeError(f"{name}: got {type(segment).__name__}, must be a KVSegment or PackedKV")
+    heads, key_heads = query.shape[2], args.key_heads()
+    if heads < 1 or key_heads < 1 or heads % key_heads:
+        raise ValueError(
+            f"query: has {heads} heads, must be a positive multiple of the segments' heads, {key_heads}"
+        )
+    if mass is not None:
+        _add_mass(args, mass)
+    return args
+
+
+def _add_dense(args: DecodeArgs, segment: KVSegment, name: str) -> None:
+    query = args.query
+    key = _checks.tensor(segment.key, f"{name}.key")
+    value = _checks.tensor(segment.value, f"{name}.value")
+    _checks.shape(key, f"{name}.key", (query.shape[0], "N", "Hkv", query.shape[3]))
+    _check_segment(args, key, f"{name}.key", tokens=key.shape[1], heads=key.shape[2])
+    _checks.shape(value, f"{name}.value", tuple(key.shape))
+    for tensor, field_name in ((key, f"{name}.key"), (value, f"{name}.value")):
+        _checks.dtype(tensor, field_name, query.dtype)
+        _checks.same_device(tensor, field_name, query, "query")
+        _checks.last_contiguous(tensor, field_name)
+    args.key.append(key)
+    args.value.append(value)
+    args.bits.append(0)
+    args.block.append(0)
+    args.lens.append(_positions(segment.lens, f"{name}.lens", query))
+    args.leftpad.append(_positions(segment.leftpad, f"{name}.leftpad", query))
+    for of_channel in (args.key_scale, args.key_zero, args.value_channel, args.value_token):
+        of_channel.append(None)
+
+
+def _add_packed(args: DecodeArgs, packed: PackedKV, name: str) -> None:
+    query, codes = args.query, packed.key_codes
+    batch, heads, tokens, _ = codes.shape
+    if (batch, packed.head_dim) != (query.shape[0], query.shape[3]):
+        raise ValueError(
+            f"{name}: has {batch} batch rows of head width {packed.head_dim}, must have {query.shape[0]} of "
+            f"{query.shape[3]} as query"
+        )
+    _check_segment(args, codes, f"{name}.key_codes", tokens=tokens, heads=heads)
+    _checks.same_device(codes, f"{name}.key_codes", query, "query")
+    args.key.append(codes)
+    args.value.append(packed.value_codes)
+    args.bits.append(packed.bits)
+    args.block.append(packed.block)
+    args.lens.append(_positions(packed.lens, f"{name}.lens", query))
+    args.leftpad.append(None)
+    # A few numbers for each head and block: worth a copy where they are strided.
+    args.key_scale.append(packed.key_scale.contiguous())
+    args.key_zero.append(packed.key_zero.contiguous())
+    args.value_channel.append(packed.value_channel.contiguous())
+    args.value_token.append(packed.value_token)
+
+
+def _check_segment(args: DecodeArgs, tensor: torch.Tensor, name: str, *, tokens: int, heads: int) -> None:
+    if tokens > _checks.INT32_MAX:
+        raise ValueError(f"{name}: has {tokens} tokens, must have at most {_checks.INT32_MAX}")
+    if args.key and heads != args.key_heads():
+        raise ValueError(f"{name}: has {heads} heads, must have {args.key_heads()} as segments[0]")
+
+
+def _positions(value: object, name: str, query: torch.Tensor) -> torch.Tensor | None:
+    if value is None:
+        return None
+    tensor = _checks.tensor(value, name)
+    _checks.dtype(tensor, name, torch.int32)
+    _checks.shape(tensor, name, (query.shape[0],))
+    _checks.same_device(tensor, name, query, "query")
+    return tensor.contiguous()
+
+
+def _add_mass(args: DecodeArgs, mass: object) -> None:
+    if not isinstance(mass, Sequence):
+        raise TypeError(f"mass: got {type(mass).__name__}, must be a list of tensors, one per segment")
+    if len(mass) != len(args.key):
+        raise ValueError(f"mass: has {len(mass)} entries, must have one for each of {len(args.key)} segments")
+    allowed = [torch.float32] + [torch.float64] * (args.query.dtype == torch.float64)
+    for segment, buffer in enumerate(mass):
+        if buffer is None:
+            continue
+        name = f"mass[{segment}]"
+        tensor = _checks.tensor(buffer, name)
+        _checks.dtype(tensor, name, *allowed)
+        _checks.shape(tensor, name, (args.query.shape[0], args.key_heads(), args.tokens(segment)))
+        _checks.same_device(tensor, name, args.query, "query")
+        _checks.last_contiguous(tensor, name)
+        shared = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+        if shared or any(tensor is other for other in args.mass):
+            raise ValueError(f"{name}: shares memory with itself or another buffer, must be disjoint")
+        args.mass.append(tensor)
+        args.mass_segment.append(segment)
