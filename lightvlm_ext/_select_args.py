@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -12,8 +12,7 @@ from . import _checks
 MASS_MAX_TOKENS = 2**23
 
 
-@dataclass(frozen=True)
-class SelectArgs:
+class SelectArgs(NamedTuple):
     """Checked arguments; every tensor has a contiguous last dimension."""
 
     scores: torch.Tensor
@@ -37,26 +36,36 @@ def check_select(
     score_dtypes: tuple[torch.dtype, ...] = (torch.float32,),
 ) -> SelectArgs:
     """The arguments of select, checked and with the default capacity; see ops.select for them."""
+    # The checks take as long as a selection among some thousand tokens: helpers are called where they have
+    # something to say.
     scores = _checks.tensor(scores, "scores")
-    _checks.dtype(scores, "scores", *score_dtypes)
-    _checks.shape(scores, "scores", ("R", "N"))
+    if scores.dtype not in score_dtypes:
+        _checks.dtype(scores, "scores", *score_dtypes)
+    if scores.dim() != 2:
+        _checks.shape(scores, "scores", ("R", "N"))
     rows, tokens = scores.shape
-    if max(rows, tokens) > _checks.INT32_MAX:
+    if rows > _checks.INT32_MAX or tokens > _checks.INT32_MAX:
         raise ValueError(f"scores: has shape {tuple(scores.shape)}, must be below 2**31 in each dimension")
 
-    forced = _mask(forced, "forced", torch.bool, scores)
-    candidates = _mask(candidates, "candidates", torch.bool, scores)
-    segment = _mask(segment, "segment", torch.int32, scores)
+    if forced is not None:
+        forced = _mask(forced, "forced", torch.bool, scores)
+    if candidates is not None:
+        candidates = _mask(candidates, "candidates", torch.bool, scores)
+    if segment is not None:
+        segment = _mask(segment, "segment", torch.int32, scores)
 
     if (keep is None) == (mass is None):
         raise ValueError("keep, mass: give exactly one of them")
+    budget: int | torch.Tensor | None
     if mass is not None:
-        budget: int | torch.Tensor | None = None
+        budget = None
         mass = _checks.real(mass, "mass")
         if not 0 < mass <= 1:
             raise ValueError(f"mass: got {mass}, must be in (0, 1]")
         if tokens > MASS_MAX_TOKENS:
             raise ValueError(f"scores: has {tokens} tokens, with mass at most {MASS_MAX_TOKENS}")
+    elif type(keep) is int and 0 <= keep <= _checks.INT32_MAX:
+        budget = keep
     elif isinstance(keep, torch.Tensor):
         budget = _keep_tensor(keep, scores, segment)
     else:
@@ -76,9 +85,7 @@ def _last_contiguous(value: torch.Tensor) -> torch.Tensor:
     return value if value.shape[-1] <= 1 or value.stride(-1) == 1 else value.contiguous()
 
 
-def _mask(value: object, name: str, dtype: torch.dtype, scores: torch.Tensor) -> torch.Tensor | None:
-    if value is None:
-        return None
+def _mask(value: object, name: str, dtype: torch.dtype, scores: torch.Tensor) -> torch.Tensor:
     mask = _checks.tensor(value, name)
     _checks.dtype(mask, name, dtype)
     _checks.shape(mask, name, tuple(scores.shape))

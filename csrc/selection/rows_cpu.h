@@ -1,13 +1,13 @@
 // CPU side of rows.h: the candidates of a row, segment by segment, and its numbered marks.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <unordered_map>
-#include <utility>
 #include <vector>
 
 #include "common/error_word.h"
+#include "common/multiversion.h"
+#include "selection/marks_cpu.h"
 #include "selection/rows.h"
 
 namespace lightvlm {
@@ -72,26 +72,15 @@ class CpuRow {
         return false;
     }
 
-    // Numbers the tokens whose kept[i] is not 0. slots: scratch.
-    void write(const uint8_t* kept, std::vector<int32_t>& slots) {
-        const int64_t n = rows_.tokens;
-        int32_t* inverse = rows_.inverse + row_ * n;
-        // One slot more: each token writes its place before it knows whether it has one.
-        slots.resize(n + 1);
-        int64_t count = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            const bool keep = kept[i] != 0;
-            slots[count] = static_cast<int32_t>(i);
-            inverse[i] = keep ? static_cast<int32_t>(count) : -1;
-            count += keep;
-        }
+    // Numbers the tokens whose kept[i] is not 0.
+    void write(const uint8_t* kept) {
+        const int64_t count =
+            multiversion<NumberMarks>(kept, rows_.tokens, rows_.index + row_ * rows_.capacity,
+                                      int64_t{rows_.capacity}, rows_.inverse + row_ * rows_.tokens);
         if (count > rows_.capacity) {
             report(kErrorCapacity, -1, static_cast<double>(count));
             return;
         }
-        int32_t* index = rows_.index + row_ * rows_.capacity;
-        std::copy(slots.begin(), slots.begin() + count, index);
-        std::fill(index + count, index + rows_.capacity, -1);
         rows_.count[row_] = static_cast<int32_t>(count);
     }
 

@@ -78,7 +78,7 @@ inline SelectionRows selection_rows(const Tensor& scores,                     //
         rows.keep_stride = keep->stride(0);
     }
 
-    check(index.dim() == 2, "index: has shape ", shape_text(index), ", must be (R, M)");
+    if (index.dim() != 2) fail("index: has shape ", shape_text(index), ", must be (R, M)");
     rows.capacity = index.size(1);
     rows.index = row_output(index, "index", {rows.rows, rows.capacity}, scores);
     rows.count = row_output(count, "count", {rows.rows}, scores);

@@ -1,7 +1,6 @@
-// CPU twin of select.cuh: the same radix search over score keys, a row a thread. Sweeps over the
-// row are vectorised; each round of the search keeps only the tokens of the digit it chose.
+// CPU twin of select.cuh, a row a thread: score keys, the key at which the budget is met
+// (threshold_cpu.h), marks, numbers (marks_cpu.h). Sweeps over the row are vectorised.
 #include <algorithm>
-#include <array>
 #include <vector>
 
 #include "common/multiversion.h"
@@ -9,13 +8,11 @@
 #include "selection/rows_cpu.h"
 #include "selection/score_order.h"
 #include "selection/select.h"
+#include "selection/threshold_cpu.h"
 
 namespace lightvlm {
 
 namespace {
-
-constexpr int kDigitBits = 11;
-constexpr uint32_t kDigits = 1u << kDigitBits;
 
 struct ScoreKeys {
     template <CpuLevel level>
@@ -43,14 +40,27 @@ struct HighestKey {
     }
 };
 
+// Returns the sum of the masses.
 struct FixedMasses {
     template <CpuLevel level>
-    static LIGHTVLM_INLINE void run(const uint32_t* keys, double highest, uint64_t* masses,
-                                    int64_t n) {
+    static LIGHTVLM_INLINE uint64_t run(const uint32_t* keys, double highest, uint64_t* masses,
+                                        int64_t n) {
+        uint64_t total = 0;
         for (int64_t i = 0; i < n; ++i) {
             const float score = keys[i] > kKeyZero ? positive_key_score(keys[i]) : 0.0f;
             masses[i] = fixed_mass(score, highest);
+            total += masses[i];
         }
+        return total;
+    }
+};
+
+struct CountKeys {
+    template <CpuLevel level>
+    static LIGHTVLM_INLINE int64_t run(const uint32_t* keys, int64_t n) {
+        int32_t found = 0;  // tokens are fewer than 2^31
+        for (int64_t i = 0; i < n; ++i) found += keys[i] != kKeyNone ? 1 : 0;
+        return found;
     }
 };
 
@@ -62,94 +72,35 @@ struct MarkFrom {
     }
 };
 
-struct Threshold {
-    uint32_t key = 0xffffffffu;
-    int64_t ties_kept = 0;  // of the tokens at the key
-    int64_t ties = 0;
-};
-
 // What one thread needs for one row; grows once and is used again for the next row.
 struct Scratch {
     std::vector<uint32_t> keys;
     std::vector<uint64_t> masses;
     std::vector<uint8_t> kept;
-    std::vector<int32_t> slots;
-    // The tokens that share the digits found so far.
-    std::vector<uint32_t> level_keys;
-    std::vector<uint64_t> level_masses;
+    ThresholdScratch threshold;
     // One segment, gathered.
     std::vector<uint32_t> segment_keys;
     std::vector<uint8_t> segment_kept;
-    std::array<uint32_t, kDigits> digit_counts;
-    std::array<uint64_t, kDigits> digit_masses;
 };
 
 // The key at which `wanted` tokens (masses null), or that much mass, are reached.
 Threshold find_threshold(const uint32_t* keys, const uint64_t* masses, int64_t n, uint64_t wanted,
-                         Scratch& scratch) {
-    uint32_t prefix = 0;
-    int shift = 32;
-    uint32_t digit = 0;
-    while (shift > 0) {
-        const int width = std::min(shift, kDigitBits);
-        const bool first = shift == 32;
-        shift -= width;
-        const uint32_t mask = (1u << width) - 1u;
-
-        scratch.digit_counts.fill(0);
-        for (int64_t i = 0; i < n; ++i) ++scratch.digit_counts[(keys[i] >> shift) & mask];
-        if (masses != nullptr) {
-            scratch.digit_masses.fill(0);
-            for (int64_t i = 0; i < n; ++i) {
-                scratch.digit_masses[(keys[i] >> shift) & mask] += masses[i];
-            }
-        }
-        // Tokens without a key all fall into the first round's digit 0, that no key has.
-        const uint32_t lowest_digit = first ? 1 : 0;
-        digit = mask;
-        while (true) {
-            const uint64_t here =
-                masses != nullptr ? scratch.digit_masses[digit] : scratch.digit_counts[digit];
-            if (wanted <= here || digit == lowest_digit) break;
-            wanted -= here;
-            --digit;
-        }
-        prefix = (prefix << width) | digit;
-        if (shift == 0) break;
-
-        const size_t kept = scratch.digit_counts[digit];
-        // One slot more: the copy below writes before it knows whether to advance.
-        scratch.level_keys.resize(std::max(scratch.level_keys.size(), kept + 1));
-        if (masses != nullptr) {
-            scratch.level_masses.resize(std::max(scratch.level_masses.size(), kept + 1));
-        }
-        // In place from the second round on: position `to` never passes i.
-        size_t to = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            const uint32_t key = keys[i];
-            scratch.level_keys[to] = key;
-            if (masses != nullptr) scratch.level_masses[to] = masses[i];
-            to += ((key >> shift) & mask) == digit ? 1 : 0;
-        }
-        keys = scratch.level_keys.data();
-        if (masses != nullptr) masses = scratch.level_masses.data();
-        n = static_cast<int64_t>(kept);
-    }
-    Threshold threshold;
-    threshold.key = prefix;
-    threshold.ties = scratch.digit_counts[digit];
-    threshold.ties_kept = static_cast<int64_t>(wanted);
-    if (masses != nullptr) {
-        const uint64_t each = scratch.digit_masses[digit] / scratch.digit_counts[digit];
-        threshold.ties_kept = static_cast<int64_t>((wanted + each - 1) / each);
-    }
-    return threshold;
+                         ThresholdScratch& scratch) {
+    scratch.reserve(n, masses != nullptr);
+    Threshold found;
+    const bool done =
+        masses == nullptr
+            ? multiversion<RankThreshold>(keys, n, static_cast<int64_t>(wanted),
+                                          scratch.keys.data(), &found)
+            : multiversion<MassThreshold>(keys, masses, n, wanted, scratch.keys.data(),
+                                          scratch.masses.data(), &found);
+    return done ? found : radix_threshold(keys, masses, n, wanted, scratch);
 }
 
 // Sets kept[i] for the chosen of n tokens. keep counts where mass is 0.
 void select_among(const uint32_t* keys, int64_t n, int64_t keep, double mass, uint8_t* kept,
                   Scratch& scratch) {
-    const int64_t candidates = n - std::count(keys, keys + n, kKeyNone);
+    const int64_t candidates = multiversion<CountKeys>(keys, n);
     if (candidates == 0) return;
     uint64_t wanted = static_cast<uint64_t>(std::min(keep, candidates));
     const uint64_t* masses = nullptr;
@@ -159,21 +110,19 @@ void select_among(const uint32_t* keys, int64_t n, int64_t keep, double mass, ui
         wanted = 1;
         if (highest > kKeyZero) {
             scratch.masses.resize(std::max<size_t>(scratch.masses.size(), n));
-            multiversion<FixedMasses>(keys, static_cast<double>(positive_key_score(highest)),
-                                      scratch.masses.data(), n);
-            uint64_t total = 0;
-            for (int64_t i = 0; i < n; ++i) total += scratch.masses[i];
+            const uint64_t total = multiversion<FixedMasses>(
+                keys, static_cast<double>(positive_key_score(highest)), scratch.masses.data(), n);
             wanted = mass_target(mass, total);
             masses = scratch.masses.data();
         }
     }
     if (wanted == 0) return;
-    const Threshold threshold = find_threshold(keys, masses, n, wanted, scratch);
+    const Threshold threshold = find_threshold(keys, masses, n, wanted, scratch.threshold);
     if (threshold.ties_kept == threshold.ties) {
         multiversion<MarkFrom>(keys, threshold.key, kept, n);
         return;
     }
-    // Some of the equals only: the first ones.
+    // Some of the equals only: the first ones. No score has the highest of all keys.
     multiversion<MarkFrom>(keys, threshold.key + 1, kept, n);
     int64_t left = threshold.ties_kept;
     for (int64_t i = 0; left > 0; ++i) {
@@ -234,7 +183,7 @@ void select_row(CpuRow row, double mass, Scratch& scratch) {
         if (mass > 0.0 && !check_finite(keys, n, nullptr, row)) return;
         select_among(keys, n, keep, mass, scratch.kept.data(), scratch);
     }
-    row.write(scratch.kept.data(), scratch.slots);
+    row.write(scratch.kept.data());
 }
 
 }  // namespace

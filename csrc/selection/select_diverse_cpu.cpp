@@ -120,7 +120,6 @@ bool comes_after(const Candidate& a, const Candidate& b) {
 
 struct Scratch {
     std::vector<uint8_t> kept;
-    std::vector<int32_t> slots;
     std::vector<int32_t> all_tokens;
     std::vector<Candidate> heap;
     std::vector<float> units;      // [tokens of the segment, padded channels]
@@ -154,7 +153,7 @@ class DiverseRow {
             for (int64_t i = 0; i < n; ++i) scratch_.all_tokens[i] = static_cast<int32_t>(i);
             if (!choose(0, scratch_.all_tokens)) return;
         }
-        row_.write(scratch_.kept.data(), scratch_.slots);
+        row_.write(scratch_.kept.data());
     }
 
   private:
