@@ -1,6 +1,7 @@
 // CPU side of rows.h: the candidates of a row, segment by segment, and its numbered marks.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <unordered_map>
 #include <vector>
@@ -72,17 +73,23 @@ class CpuRow {
         return false;
     }
 
-    // Numbers the tokens whose kept[i] is not 0.
-    void write(const uint8_t* kept) {
-        const int64_t count =
-            multiversion<NumberMarks>(kept, rows_.tokens, rows_.index + row_ * rows_.capacity,
-                                      int64_t{rows_.capacity}, rows_.inverse + row_ * rows_.tokens);
-        if (count > rows_.capacity) {
-            report(kErrorCapacity, -1, static_cast<double>(count));
+    // Numbers the kept tokens: `first` tells about those before `border`, `second` about the rest.
+    template <typename Kept>
+    void write(Kept first, Kept second, int64_t border) {
+        KeptNumbers numbers{rows_.index + row_ * rows_.capacity, rows_.capacity,
+                            rows_.inverse + row_ * rows_.tokens};
+        multiversion<NumberKept<Kept>>(first, int64_t{0}, border, &numbers);
+        multiversion<NumberKept<Kept>>(second, border, int64_t{rows_.tokens}, &numbers);
+        if (numbers.count > rows_.capacity) {
+            report(kErrorCapacity, -1, static_cast<double>(numbers.count));
             return;
         }
-        rows_.count[row_] = static_cast<int32_t>(count);
+        std::fill(numbers.index + numbers.count, numbers.index + rows_.capacity, -1);
+        rows_.count[row_] = static_cast<int32_t>(numbers.count);
     }
+
+    // Numbers the tokens whose kept[i] is not 0.
+    void write(const uint8_t* kept) { write(KeptFlags{kept}, KeptFlags{kept}, rows_.tokens); }
 
   private:
     const uint8_t* bytes(const bool* flags, int64_t stride) const {

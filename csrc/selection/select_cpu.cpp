@@ -97,11 +97,18 @@ Threshold find_threshold(const uint32_t* keys, const uint64_t* masses, int64_t n
     return done ? found : radix_threshold(keys, masses, n, wanted, scratch);
 }
 
-// Sets kept[i] for the chosen of n tokens. keep counts where mass is 0.
-void select_among(const uint32_t* keys, int64_t n, int64_t keep, double mass, uint8_t* kept,
-                  Scratch& scratch) {
-    const int64_t candidates = multiversion<CountKeys>(keys, n);
-    if (candidates == 0) return;
+// The chosen among n tokens: keys from `lowest` on, of the tokens at and past `border` one more.
+struct Chosen {
+    uint32_t lowest;
+    int64_t border;
+};
+
+// keep counts where mass is 0. all_candidates: no key is kKeyNone.
+Chosen choose_among(const uint32_t* keys, int64_t n, bool all_candidates, int64_t keep, double mass,
+                    Scratch& scratch) {
+    const Chosen none{0xffffffffu, n};  // no score has this key
+    const int64_t candidates = all_candidates ? n : multiversion<CountKeys>(keys, n);
+    if (candidates == 0) return none;
     uint64_t wanted = static_cast<uint64_t>(std::min(keep, candidates));
     const uint64_t* masses = nullptr;
     if (mass > 0.0) {
@@ -116,21 +123,21 @@ void select_among(const uint32_t* keys, int64_t n, int64_t keep, double mass, ui
             masses = scratch.masses.data();
         }
     }
-    if (wanted == 0) return;
+    if (wanted == 0) return none;
     const Threshold threshold = find_threshold(keys, masses, n, wanted, scratch.threshold);
-    if (threshold.ties_kept == threshold.ties) {
-        multiversion<MarkFrom>(keys, threshold.key, kept, n);
-        return;
-    }
-    // Some of the equals only: the first ones. No score has the highest of all keys.
-    multiversion<MarkFrom>(keys, threshold.key + 1, kept, n);
+    if (threshold.ties_kept == threshold.ties) return {threshold.key, n};
+    // Some of the equals only: the first ones.
     int64_t left = threshold.ties_kept;
-    for (int64_t i = 0; left > 0; ++i) {
-        if (keys[i] == threshold.key) {
-            kept[i] = 1;
-            --left;
-        }
-    }
+    int64_t border = 0;
+    for (; left > 0; ++border) left -= keys[border] == threshold.key ? 1 : 0;
+    return {threshold.key, border};
+}
+
+// Sets kept[i] for them.
+void mark_chosen(const uint32_t* keys, int64_t n, const Chosen& chosen, uint8_t* kept) {
+    multiversion<MarkFrom>(keys, chosen.lowest, kept, chosen.border);
+    multiversion<MarkFrom>(keys + chosen.border, chosen.lowest + 1, kept + chosen.border,
+                           n - chosen.border);
 }
 
 // False where a candidate is +inf, which has no place in a sum; reported.
@@ -156,7 +163,8 @@ bool select_segments(CpuRow& row, double mass, Scratch& scratch) {
         for (int64_t j = 0; j < n; ++j) scratch.segment_keys[j] = scratch.keys[tokens[j]];
         const uint32_t* keys = scratch.segment_keys.data();
         if (mass > 0.0 && !check_finite(keys, n, tokens.data(), row)) return false;
-        select_among(keys, n, keep, mass, scratch.segment_kept.data(), scratch);
+        const Chosen chosen = choose_among(keys, n, false, keep, mass, scratch);
+        mark_chosen(keys, n, chosen, scratch.segment_kept.data());
         for (int64_t j = 0; j < n; ++j) scratch.kept[tokens[j]] |= scratch.segment_kept[j];
     }
     return true;
@@ -164,25 +172,35 @@ bool select_segments(CpuRow& row, double mass, Scratch& scratch) {
 
 void select_row(CpuRow row, double mass, Scratch& scratch) {
     const int64_t n = row.tokens();
-    scratch.keys.resize(n);
-    scratch.kept.assign(n, 0);
+    // Grows only: what a vector sets to zero on the way costs as much as a sweep.
+    if (scratch.keys.size() < static_cast<size_t>(n)) scratch.keys.resize(n);
     uint32_t* keys = scratch.keys.data();
     multiversion<ScoreKeys>(row.scores(), keys, n);
+    const bool all_candidates = row.candidates() == nullptr && row.forced() == nullptr;
     if (row.candidates() != nullptr) {
         multiversion<ClearKeys>(row.candidates(), uint8_t{0}, keys, n);
     }
-    if (row.forced() != nullptr) {
-        multiversion<ClearKeys>(row.forced(), uint8_t{1}, keys, n);
+    if (row.forced() != nullptr) multiversion<ClearKeys>(row.forced(), uint8_t{1}, keys, n);
+    const auto start_marks = [&] {
+        scratch.kept.assign(n, 0);
+        if (row.forced() == nullptr) return;
         for (int64_t i = 0; i < n; ++i) scratch.kept[i] = row.forced()[i] != 0;
-    }
+    };
     if (row.has_segments()) {
-        if (!select_segments(row, mass, scratch)) return;
-    } else {
-        int64_t keep = 0;
-        if (mass == 0.0 && !row.budget(0, &keep)) return;
-        if (mass > 0.0 && !check_finite(keys, n, nullptr, row)) return;
-        select_among(keys, n, keep, mass, scratch.kept.data(), scratch);
+        start_marks();
+        if (select_segments(row, mass, scratch)) row.write(scratch.kept.data());
+        return;
     }
+    int64_t keep = 0;
+    if (mass == 0.0 && !row.budget(0, &keep)) return;
+    if (mass > 0.0 && !check_finite(keys, n, nullptr, row)) return;
+    const Chosen chosen = choose_among(keys, n, all_candidates, keep, mass, scratch);
+    if (row.forced() == nullptr) {
+        row.write(KeptKeys{keys, chosen.lowest}, KeptKeys{keys, chosen.lowest + 1}, chosen.border);
+        return;
+    }
+    start_marks();
+    mark_chosen(keys, n, chosen, scratch.kept.data());
     row.write(scratch.kept.data());
 }
 
