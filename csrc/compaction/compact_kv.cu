@@ -11,7 +11,9 @@ constexpr int64_t kWidestVector = 16;
 // A slice of a row: wide enough for whole memory sectors, narrow enough to occupy the device.
 constexpr int64_t kWidestSlice = 256;
 constexpr int64_t kNarrowestSlice = 64;
-constexpr int64_t kBlocksPerMultiprocessor = 4;
+constexpr int64_t kBlocksPerMultiprocessor = 3;
+// With fewer, a block has a multiprocessor's shared memory to itself, or half of it.
+constexpr int64_t kManyBlocksPerMultiprocessor = 2;
 
 constexpr int kSmallTable = 32;
 constexpr int kMediumTable = 112;  // K and V of 48 layers, and 16 more
@@ -28,20 +30,20 @@ int64_t vector_bytes(const CompactTensor& tensor) {
     return bytes;
 }
 
-int64_t slice_count(const CompactTensor& tensor, int64_t slice_bytes) {
-    return (tensor.row_bytes + slice_bytes - 1) / slice_bytes;
+int64_t count_blocks(const CompactKvParams& params, int64_t slice_bytes) {
+    int64_t blocks = 0;
+    for (int64_t t = 0; t < params.tensor_count; ++t) {
+        const CompactTensor& tensor = params.tensors[t];
+        const int64_t slices = (tensor.row_bytes + slice_bytes - 1) / slice_bytes;
+        blocks += tensor.by->batch * tensor.heads * slices;
+    }
+    return blocks;
 }
 
 // Bytes to a slice, so that there are blocks for the whole device where the tensors allow it.
-int64_t choose_slice(const CompactTensor* tensors, int64_t count, int64_t wanted_blocks) {
+int64_t choose_slice(const CompactKvParams& params, int64_t wanted_blocks) {
     int64_t slice_bytes = kWidestSlice;
-    while (slice_bytes > kNarrowestSlice) {
-        int64_t blocks = 0;
-        for (int64_t t = 0; t < count; ++t) {
-            blocks +=
-                tensors[t].by->batch * tensors[t].heads * slice_count(tensors[t], slice_bytes);
-        }
-        if (blocks >= wanted_blocks) break;
+    while (slice_bytes > kNarrowestSlice && count_blocks(params, slice_bytes) < wanted_blocks) {
         slice_bytes /= 2;
     }
     return slice_bytes;
@@ -75,7 +77,7 @@ CompactEntry make_entry(const CompactTensor& tensor, int64_t slice_bytes, int64_
     return entry;
 }
 
-template <int kCapacity>
+template <int kCapacity, typename Ring>
 cudaError_t launch_table(const CompactTensor* tensors, int64_t count, int64_t slice_bytes,
                          int32_t* error, cudaStream_t stream) {
     CompactTable<kCapacity> table;
@@ -88,8 +90,8 @@ cudaError_t launch_table(const CompactTensor* tensors, int64_t count, int64_t sl
         table.entries[t] = entry;
         blocks += tensors[t].by->batch * tensors[t].heads * entry.slices;
     }
-    return launch("compact_kv", compact_kv_kernel<kCapacity>, make_grid(blocks),
-                  dim3(kCompactThreads), 0, stream, table);
+    return launch("compact_kv", compact_kv_kernel<kCapacity, Ring>, make_grid(blocks),
+                  dim3(kCompactThreads), sizeof(Ring), stream, table);
 }
 
 }  // namespace
@@ -101,15 +103,18 @@ cudaError_t launch_compact_kv_cuda(const CompactKvParams& params, cudaStream_t s
     int multiprocessors = 0;
     status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (status != cudaSuccess) return status;
-    const int64_t slice_bytes = choose_slice(params.tensors, params.tensor_count,
-                                             kBlocksPerMultiprocessor * multiprocessors);
+    const int64_t slice_bytes = choose_slice(params, kBlocksPerMultiprocessor * multiprocessors);
+    const bool few =
+        count_blocks(params, slice_bytes) <= kManyBlocksPerMultiprocessor * multiprocessors;
 
     for (int64_t first = 0; first < params.tensor_count; first += kLargeTable) {
         const CompactTensor* tensors = params.tensors + first;
         const int64_t count = std::min<int64_t>(params.tensor_count - first, kLargeTable);
-        const auto launch_fitting = count <= kSmallTable    ? launch_table<kSmallTable>
-                                    : count <= kMediumTable ? launch_table<kMediumTable>
-                                                            : launch_table<kLargeTable>;
+        const auto launch_fitting =
+            count > kMediumTable  ? launch_table<kLargeTable, CompactShallowRing>
+            : count > kSmallTable ? launch_table<kMediumTable, CompactShallowRing>
+            : few                 ? launch_table<kSmallTable, CompactDeepRing>
+                                  : launch_table<kSmallTable, CompactShallowRing>;
         status = launch_fitting(tensors, count, slice_bytes, params.error, stream);
         if (status != cudaSuccess) return status;
     }

@@ -160,6 +160,42 @@ def test_long_caches(backend: Backend, tokens: int, kind: str) -> None:
         value.check_moved(index, count)
 
 
+@native_backend
+def test_many_chains(backend: Backend) -> None:
+    """More blocks than a device takes at once: the kernel's smaller ring."""
+    key = make_cache("heads", 2, 150, 170, 3, torch.bfloat16)
+    value = make_cache("heads", 2, 150, 170, 16, torch.bfloat16)
+    index, count = make_index("random", (2, 170), 150)
+    backend.compact_kv_(key.tensor, value.tensor, index, count)
+    key.check_moved(index, count)
+    value.check_moved(index, count)
+
+
+@native_backend
+@pytest.mark.parametrize("prefix", [2047, 2048, 2049, 4096, 4500])
+def test_long_prefixes_that_stay(backend: Backend, prefix: int) -> None:
+    key, value = (make_cache("tokens", 1, 5000, 1, 8, torch.float16) for _ in range(2))
+    moving = torch.arange(prefix + 3, 5000, 2)
+    index = torch.cat([torch.arange(prefix), moving]).int()[None]
+    for length in (index.shape[1], prefix):
+        count = torch.tensor([length], dtype=torch.int32)
+        backend.compact_kv_(key.tensor, value.tensor, index, count)
+        key.check_moved(index, count)
+        value.check_moved(index, count)
+        key.before, value.before = key.tensor.clone(), value.tensor.clone()
+
+
+def test_bad_entries_in_prefixes_that_seem_to_stay_are_found() -> None:
+    lightvlm_ext.device_errors()
+    for wrong, message in ((7, "ascending"), (-1, "outside"), (2900, "outside")):
+        key, value = (make_cache("tokens", 1, 2900, 1, 2, torch.float32) for _ in range(2))
+        index = torch.arange(2900, dtype=torch.int32)[None].clone()
+        index[0, 1000] = wrong
+        EMULATED.compact_kv_(key.tensor, value.tensor, index, torch.tensor([2900], dtype=torch.int32))
+        assert message in "".join(lightvlm_ext.device_errors())
+        key.check_unchanged()
+
+
 def test_large_moves_past_the_caches() -> None:
     """From 16 MiB on the CPU twin stores past its caches where rows lie on whole lines."""
     whole = torch.randint(0, 2**62, (2, 1, 30000, 128)).view(torch.bfloat16)
