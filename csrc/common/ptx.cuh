@@ -27,6 +27,24 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
 #endif
 }
 
+// The same for pieces of 4 or 8 bytes, aligned to their size; these pass through L1.
+template <int kBytes>
+__device__ __forceinline__ void cp_async_narrow(void* shared, const void* global,
+                                                bool valid = true) {
+    static_assert(kBytes == 4 || kBytes == 8);
+#ifdef LIGHTVLM_EMULATION
+    if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % kBytes != 0) {
+        emulation::fail("cp_async_narrow: address is not aligned to the piece");
+    }
+    emulation::queue_copy(shared, global, valid ? kBytes : 0, kBytes);
+#else
+    const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(address), "l"(global),
+                 "n"(kBytes), "r"(valid ? kBytes : 0)
+                 : "memory");
+#endif
+}
+
 // Closes the group of the copies this thread has issued since the last commit.
 __device__ __forceinline__ void cp_async_commit() {
 #ifdef LIGHTVLM_EMULATION
@@ -87,6 +105,24 @@ void combine_mma(void* const payloads[emulation::kWarpLanes], unsigned) {
     }
 }
 
+struct TransposePayload {
+    uint32_t pair;
+    uint32_t result;
+};
+
+inline void combine_transpose(void* const payloads[emulation::kWarpLanes], unsigned) {
+    const auto at = [&](int lane) { return static_cast<TransposePayload*>(payloads[lane]); };
+    for (int lane = 0; lane < 32; ++lane) {
+        uint32_t result = 0;
+        for (int i = 0; i < 2; ++i) {
+            const int column = lane / 4;
+            const uint32_t pair = at((lane % 4 * 2 + i) * 4 + column / 2)->pair;
+            result |= (pair >> (16 * (column % 2)) & 0xffffu) << (16 * i);
+        }
+        at(lane)->result = result;
+    }
+}
+
 }  // namespace detail
 #endif
 
@@ -118,6 +154,58 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     }
+#endif
+}
+
+// movmatrix.trans: transposes an 8 x 8 matrix of 16-bit values over the warp. A lane gives columns
+// lane % 4 * 2 and the next (lower half first) of row lane / 4, and gets the same of the transpose.
+// So the accumulator of an mma, rounded to 16 bits, becomes the b of another.
+__device__ __forceinline__ uint32_t movmatrix_transpose(uint32_t pair) {
+#ifdef LIGHTVLM_EMULATION
+    static constexpr emulation::WarpCollective kTranspose{"movmatrix_transpose",
+                                                          detail::combine_transpose};
+    detail::TransposePayload payload{pair, 0};
+    emulation::warp_collective(kTranspose, emulation::kFullMask, &payload,
+                               emulation::Site::current());
+    return payload.result;
+#else
+    uint32_t result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(result) : "r"(pair));
+    return result;
+#endif
+}
+
+// Two floats as a pair of T = half_t or bfloat16_t, rounded to nearest even, `low` in the lower
+// half.
+template <typename T>
+__device__ __forceinline__ uint32_t convert_pair(float low, float high) {
+    static_assert(std::is_same_v<T, half_t> || std::is_same_v<T, bfloat16_t>);
+#ifdef LIGHTVLM_EMULATION
+    return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+#else
+    uint32_t pair;
+    if constexpr (std::is_same_v<T, half_t>) {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+    }
+    return pair;
+#endif
+}
+
+// a - b in each half of a pair of half_t.
+__device__ __forceinline__ uint32_t subtract_half_pair(uint32_t a, uint32_t b) {
+#ifdef LIGHTVLM_EMULATION
+    uint32_t pair = 0;
+    for (int i = 0; i < 2; ++i) {
+        const float difference = detail::half_of<half_t>(a, i) - detail::half_of<half_t>(b, i);
+        pair |= static_cast<uint32_t>(from_float<half_t>(difference).bits) << (16 * i);
+    }
+    return pair;
+#else
+    uint32_t pair;
+    asm("sub.rn.f16x2 %0, %1, %2;\n" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
 #endif
 }
 

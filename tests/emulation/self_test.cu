@@ -207,6 +207,37 @@ __global__ void mma_kernel(const T* a, const T* b, float* d) {
     for (int i = 0; i < 4; ++i) d[place(i)] = d_registers[i];
 }
 
+// One warp: the transpose of in (8 x 8), and of each pair of its row what is left after `low` and
+// `high` are taken away.
+__global__ void pairs_kernel(const half_t* in, uint32_t* transposed, float low, float high,
+                             uint32_t* difference, uint32_t* converted) {
+    const int lane = static_cast<int>(threadIdx.x);
+    const half_t* from = in + lane * 2;
+    const uint32_t pair = from[0].bits | static_cast<uint32_t>(from[1].bits) << 16;
+    transposed[lane] = ptx::movmatrix_transpose(pair);
+    difference[lane] = ptx::subtract_half_pair(pair, ptx::convert_pair<half_t>(low, high));
+    converted[lane] = ptx::convert_pair<bfloat16_t>(to_float(from[0]), to_float(from[1]));
+}
+
+struct NarrowCopyShared {
+    uint2 wide[32];
+    uint32_t narrow[32];
+};
+
+// Pieces of 8 and 4 bytes; those of lanes from `valid` on arrive as zeros.
+__global__ void narrow_copy_kernel(const uint2* in, uint2* out, uint32_t* narrow_out, int valid) {
+    auto* shared = shared_memory<NarrowCopyShared>();
+    const int lane = static_cast<int>(threadIdx.x);
+    const bool inside = lane < valid;
+    ptx::cp_async_narrow<8>(&shared->wide[lane], in + (inside ? lane : 0), inside);
+    ptx::cp_async_narrow<4>(&shared->narrow[lane], &in[inside ? lane : 0].y, inside);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    out[lane] = shared->wide[31 - lane];
+    narrow_out[lane] = shared->narrow[31 - lane];
+}
+
 // ---- Depends on the order of threads -------------------------------------------------------
 
 __global__ void order_kernel(int* counter, int* order) {
@@ -407,6 +438,19 @@ SELF_TEST run_mma(int is_half, const void* a, const void* b, float* d) {
     }
     return launch("mma", mma_kernel<bfloat16_t>, dim3(1), dim3(32), 0, nullptr,
                   static_cast<const bfloat16_t*>(a), static_cast<const bfloat16_t*>(b), d);
+}
+
+SELF_TEST run_pairs(const void* in, uint32_t* transposed, const float* subtracted,
+                    uint32_t* difference, uint32_t* converted) {
+    return launch("pairs", pairs_kernel, dim3(1), dim3(32), 0, nullptr,
+                  static_cast<const half_t*>(in), transposed, subtracted[0], subtracted[1],
+                  difference, converted);
+}
+
+SELF_TEST run_narrow_copy(const void* in, void* out, uint32_t* narrow_out, int valid) {
+    return launch("narrow_copy", narrow_copy_kernel, dim3(1), dim3(32), sizeof(NarrowCopyShared),
+                  nullptr, static_cast<const uint2*>(in), static_cast<uint2*>(out), narrow_out,
+                  valid);
 }
 
 SELF_TEST run_order(int* counter, int* order, int blocks, int threads) {

@@ -227,6 +227,27 @@ def test_mma_is_a_matrix_product(t: SelfTest, dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(d, expected)
 
 
+def test_pairs_are_transposed_subtracted_and_converted(t: SelfTest) -> None:
+    matrix = torch.randint(-900, 900, (8, 8)).half()
+    outputs = [np.zeros((8, 8), np.float16) for _ in range(2)] + [np.zeros((8, 8), np.uint16)]
+    transposed, difference, converted = outputs
+    subtracted = np.array([512, -3], np.float32)
+    assert t.call("run_pairs", pointer(matrix), transposed, subtracted, difference, converted) == 0
+    np.testing.assert_array_equal(transposed, matrix.T.numpy())
+    np.testing.assert_array_equal(difference, (matrix - torch.tensor([512.0, -3.0]).half().repeat(4)).numpy())
+    np.testing.assert_array_equal(converted, matrix.bfloat16().view(torch.uint16).numpy())
+
+
+@pytest.mark.parametrize("valid", [0, 5, 32])
+def test_narrow_copies(t: SelfTest, valid: int) -> None:
+    data = np.arange(64, dtype=np.uint32).reshape(32, 2) + 1
+    out, narrow = np.zeros((32, 2), np.uint32), np.zeros(32, np.uint32)
+    assert t.call("run_narrow_copy", data, out, narrow, valid) == 0, t.last_error()
+    data[valid:] = 0
+    np.testing.assert_array_equal(out, data[::-1])
+    np.testing.assert_array_equal(narrow, data[::-1, 1])
+
+
 # ---- Order dependence ---------------------------------------------------------------------------
 
 
