@@ -1,0 +1,238 @@
+// CPU twin of importance with an own softmax: what one panel gives to each target.
+//
+//   1. logits of a group of targets at a time (importance_product_cpu.h), masked, kept for all
+//      targets (targets x lanes, in the L2 cache up to 8k targets), and each probe's maximum;
+//   2. exponentials in their place, and each probe's sum;
+//   3. divided by these, and summed (or their maximum taken) over the lanes of each target.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "importance/importance_exp2_cpu.h"
+#include "importance/importance_given_cpu.h"
+#include "importance/importance_panel_cpu.h"
+#include "importance/importance_product_cpu.h"
+
+namespace lightvlm::importance_detail {
+
+// Targets whose masses are summed before the sum joins the rest: keeps rounding errors small.
+constexpr int64_t kSumBlock = 64;
+
+template <typename T>
+struct OwnRun {
+    Targets<T> targets;
+    int64_t count = 0;  // of all targets
+    int64_t first = 0;  // no probe of the panel sees a target outside [first, last)
+    int64_t last = 0;
+    const Panel* panel = nullptr;
+    float scale = 1.0f;  // >= 0, times log2(e)
+    bool use_max = false;
+    bool add = false;         // to what scores has, else store
+    float* logits = nullptr;  // (last - first + kTargetGroup) * lanes, aligned to 64 bytes
+    float* scores = nullptr;  // count
+};
+
+struct OwnScratch {
+    alignas(64) uint32_t group[kTargetGroup * kUnitPitch];
+    alignas(64) float block[kTargetGroup * kPanelLanes];
+    alignas(64) float mass[kLanes * kLanes];
+    alignas(64) float highest[kPanelLanes];
+    alignas(64) float inverse[kPanelLanes];
+};
+
+#if defined(__x86_64__)
+
+// Stores a tile's logits, what a probe does not see as -inf, and raises each probe's maximum.
+template <int kVectors>
+struct FinishOwn {
+    const Panel& panel;
+    const int32_t* threshold;  // null: every lane that is alive sees every target
+    float* logits;
+    float* highest;
+
+    LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void operator()(
+        const __m512 (&sums)[kTargetGroup][kVectors]) const {
+        const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+        for (int v = 0; v < kVectors; ++v) {
+            __m512 most = _mm512_load_ps(highest + kLanes * v);
+            const __m512i limit = _mm512_load_si512(panel.limit + kLanes * v);
+            for (int i = 0; i < kTargetGroup; ++i) {
+                __mmask16 seen = static_cast<__mmask16>(panel.alive >> (kLanes * v));
+                if (threshold != nullptr) {
+                    seen = _mm512_cmpge_epi32_mask(limit, _mm512_set1_epi32(threshold[i]));
+                }
+                const __m512 shown = _mm512_mask_mov_ps(hidden, seen, sums[i][v]);
+                _mm512_store_ps(logits + (i * kVectors + v) * kLanes, shown);
+                // A NaN is not noticed here, but makes the sum of exponentials one.
+                most = _mm512_max_ps(shown, most);
+            }
+            _mm512_store_ps(highest + kLanes * v, most);
+        }
+    }
+};
+
+// Exponentials of `count` targets in place; their sums.
+template <int kVectors>
+LIGHTVLM_TARGET_AVX512 void exponentials_avx512(float* logits, int64_t count, float scale,
+                                                const float* highest, float* sums) {
+    const __m512 scales = _mm512_set1_ps(scale);
+    const __m512 none = _mm512_setzero_ps();
+    __m512 shift[kVectors];
+    __m512 sum[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+        shift[v] = _mm512_loadu_ps(highest + kLanes * v);
+        sum[v] = none;
+    }
+    for (int64_t t = 0; t < count; ++t) {
+        for (int v = 0; v < kVectors; ++v) {
+            float* at = logits + (t * kVectors + v) * kLanes;
+            const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(at), shift[v]), scales);
+            const __m512 value = exponential2_avx512(x, none);
+            _mm512_store_ps(at, value);
+            sum[v] = _mm512_add_ps(sum[v], value);
+        }
+    }
+    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(sums + kLanes * v, sum[v]);
+}
+
+#endif
+
+template <typename T>
+struct FoldOwn {
+    static constexpr CpuLevel kHighestLevel = kHighestLevelFor<T>;
+
+    template <CpuLevel level>
+    static LIGHTVLM_INLINE void run(const OwnRun<T>* run, OwnScratch* scratch) {
+        if (!run->add) {
+            std::fill(run->scores, run->scores + run->first, 0.0f);
+            std::fill(run->scores + run->last, run->scores + run->count, 0.0f);
+        }
+        if (run->panel->lanes == kLanes) {
+            fold<level, 1>(*run, *scratch);
+        } else {
+            fold<level, 2>(*run, *scratch);
+        }
+    }
+
+  private:
+    template <CpuLevel level, int kVectors>
+    static LIGHTVLM_INLINE void fold(const OwnRun<T>& run, OwnScratch& scratch) {
+        constexpr int kAll = kVectors * kLanes;
+        const int64_t count = run.last - run.first;
+        float* highest = scratch.highest;
+        std::fill(highest, highest + kAll, -std::numeric_limits<float>::infinity());
+        for (int64_t t = 0; t < count; t += kTargetGroup) {
+            keep_logits<level, kVectors>(run, t, scratch);
+        }
+        for (int lane = 0; lane < kAll; ++lane) {
+            // All logits -inf: exp(-inf - 0) is 0, where -inf - -inf would be NaN.
+            if (!(highest[lane] > -std::numeric_limits<float>::infinity())) highest[lane] = 0.0f;
+        }
+        alignas(64) float sum[kAll] = {};
+        for (int64_t t = 0; t < count; t += kSumBlock) {
+            const int64_t some = std::min(kSumBlock, count - t);
+            alignas(64) float block_sum[kAll];
+            exponentials<level, kVectors>(run.logits + t * kAll, some, run.scale, highest,
+                                          block_sum);
+            for (int lane = 0; lane < kAll; ++lane) sum[lane] += block_sum[lane];
+        }
+        for (int lane = 0; lane < kAll; ++lane) {
+            scratch.inverse[lane] = sum[lane] != 0.0f ? 1.0f / sum[lane] : 0.0f;
+        }
+        for (int64_t t = 0; t < count; t += kLanes) {
+            fold_targets<level, kVectors>(run, t, std::min<int64_t>(kLanes, count - t), scratch);
+        }
+    }
+
+    template <CpuLevel level, int kVectors>
+    static LIGHTVLM_INLINE void keep_logits(const OwnRun<T>& run, int64_t t, OwnScratch& scratch) {
+        const int64_t width = run.targets.width;
+        const Panel& panel = *run.panel;
+        const int64_t begin = run.first + t;
+        const int64_t count = std::min<int64_t>(kTargetGroup, run.last - begin);
+        stage_group<level>(run.targets, begin, count, scratch.group);
+        int32_t threshold[kTargetGroup];
+        for (int64_t i = 0; i < kTargetGroup; ++i) {
+            threshold[i] = run.targets.threshold[begin + std::min(i, count - 1)];
+        }
+        const int32_t most = *std::max_element(threshold, threshold + kTargetGroup);
+        float* logits = run.logits + t * kVectors * kLanes;
+#if defined(__x86_64__)
+        if constexpr (level >= CpuLevel::kAvx512) {
+            const FinishOwn<kVectors> finish{panel, panel.lowest >= most ? nullptr : threshold,
+                                             logits, scratch.highest};
+            if constexpr (kPairs<level, T>) {
+                product_avx512_bf16<kVectors>(panel.units, scratch.group, (width + 1) / 2, finish);
+            } else {
+                product_avx512<kVectors>(panel.units, scratch.group, width, finish);
+            }
+            return;
+        }
+#endif
+        product<level>(panel, scratch.group, width, scratch.block);
+        float* highest = scratch.highest;
+        for (int i = 0; i < kTargetGroup; ++i) {
+            for (int lane = 0; lane < kVectors * kLanes; ++lane) {
+                const float shown = panel.limit[lane] >= threshold[i]
+                                        ? scratch.block[i * kPanelLanes + lane]
+                                        : -std::numeric_limits<float>::infinity();
+                logits[i * kVectors * kLanes + lane] = shown;
+                highest[lane] = shown > highest[lane] ? shown : highest[lane];
+            }
+        }
+    }
+
+    template <CpuLevel level, int kVectors>
+    static LIGHTVLM_INLINE void exponentials(float* logits, int64_t count, float scale,
+                                             const float* highest, float* sums) {
+        constexpr int kAll = kVectors * kLanes;
+#if defined(__x86_64__)
+        if constexpr (level >= CpuLevel::kAvx512) {
+            exponentials_avx512<kVectors>(logits, count, scale, highest, sums);
+            return;
+        }
+#endif
+        std::fill(sums, sums + kAll, 0.0f);
+        for (int64_t t = 0; t < count; ++t) {
+            for (int lane = 0; lane < kAll; ++lane) {
+                const float x = (logits[t * kAll + lane] - highest[lane]) * scale;
+                const float value = exponential2(x, 0.0f);
+                logits[t * kAll + lane] = value;
+                sums[lane] += value;
+            }
+        }
+    }
+
+    // Scores of targets [t, t + count), at most kLanes.
+    template <CpuLevel level, int kVectors>
+    static LIGHTVLM_INLINE void fold_targets(const OwnRun<T>& run, int64_t t, int64_t count,
+                                             OwnScratch& scratch) {
+        constexpr int kAll = kVectors * kLanes;
+        for (int64_t i = 0; i < count; ++i) {
+            const int32_t threshold = run.targets.threshold[run.first + t + i];
+            const float* values = run.logits + (t + i) * kAll;
+            float* mass = scratch.mass + i * kLanes;
+            for (int v = 0; v < kVectors; ++v) {
+                for (int l = 0; l < kLanes; ++l) {
+                    const int lane = v * kLanes + l;
+                    // Hidden stays 0 even where the probe's sum is NaN.
+                    const float scaled = values[lane] * scratch.inverse[lane];
+                    const float one = run.panel->limit[lane] >= threshold ? scaled : 0.0f;
+                    if (v == 0) {
+                        mass[l] = one;
+                    } else {
+                        mass[l] = run.use_max ? maximum(mass[l], one) : mass[l] + one;
+                    }
+                }
+            }
+        }
+        alignas(64) float scores[kLanes];
+        fold_lanes<level>(scratch.mass, count, run.use_max, scores);
+        float* out = run.scores + run.first + t;
+        for (int64_t i = 0; i < count; ++i) out[i] = run.add ? out[i] + scores[i] : scores[i];
+    }
+};
+
+}  // namespace lightvlm::importance_detail
