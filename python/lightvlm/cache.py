@@ -31,6 +31,8 @@ from .plan import Plan
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from lightvlm_ext.ops import Selection
+
     from .runtime import Run
 
 _SLACK = 128
@@ -235,12 +237,13 @@ class CompactLayer(CacheLayerMixin):
         self._queries = [query.index_select(0, on_device) for query in self._queries]
         self._bounds = None
 
-    def shrink(self) -> None:
-        """Give the free rows of a growing buffer back."""
+    def shrink(self, slack: int = 0) -> None:
+        """Give the free rows of a growing buffer back, all but ``slack``."""
         if self.is_initialized and self.capacity is None:
             used = max(self.ends)
-            self.key_storage = _token_major(self.key_storage.transpose(1, 2), used, copy=used)
-            self.value_storage = _token_major(self.value_storage.transpose(1, 2), used, copy=used)
+            room = min(used + slack, self.key_storage.shape[1])
+            self.key_storage = _token_major(self.key_storage.transpose(1, 2), room, copy=used)
+            self.value_storage = _token_major(self.value_storage.transpose(1, 2), room, copy=used)
 
     def bytes_used(self) -> int:
         """Bytes of the keys and values that are valid."""
@@ -395,6 +398,26 @@ class CompactCache(Cache):
         )
         for layer, (_, _, kept) in moves:
             layer.compacted(kept, policy.recent)
+
+    def keep_only(self, selections: dict[int, Selection], tail: int) -> None:
+        """Keep the selected tokens of each layer, in one launch, and give the rest of growing buffers back.
+
+        Args:
+            selections: layer -> tokens, by their places in the buffer. How many they are is read from the device,
+                once for all layers.
+            tail: so many of the last tokens are among them.
+        """
+        layers = [self.layers[index] for index in selections]
+        ops.compact_kv_(
+            [layer.key_storage for layer in layers],
+            [layer.value_storage for layer in layers],
+            [one.index for one in selections.values()],
+            [one.count for one in selections.values()],
+        )
+        counts = torch.stack([one.count for one in selections.values()]).tolist()
+        for layer, kept in zip(layers, counts, strict=True):
+            layer.compacted(kept, tail)
+            layer.shrink(_SLACK)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens from every

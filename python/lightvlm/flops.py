@@ -28,7 +28,12 @@ def attention_width(adapter: Adapter) -> int:
 
 def layer_flops(weights: int, width: int, tokens: int) -> int:
     """FLOPs of one layer over ``tokens`` tokens of one row."""
-    return 2 * weights * tokens + 4 * width * (tokens * (tokens + 1) // 2)
+    return 2 * weights * tokens + attention_flops(width, tokens)
+
+
+def attention_flops(width: int, tokens: int) -> int:
+    """FLOPs of causal attention among ``tokens`` tokens of one row."""
+    return 4 * width * (tokens * (tokens + 1) // 2)
 
 
 def prefill_flops(adapter: Adapter, tokens: Sequence[Sequence[int]]) -> int:

@@ -18,6 +18,8 @@ class Report:
         image_tokens: image tokens of a prompt, mean over prompts that have any.
         image_tokens_kept: image tokens that each layer computed, mean over prompts that have any.
         image_keep_share: image tokens computed over image tokens, mean over layers (1 is the full model).
+        attending_share: share of the tokens that attended in each layer, over prompts whose attention was sparse.
+        attention_flops_share: FLOPs of attention in those prompts over the full model's.
         flops_share: prefill FLOPs of the decoder over the full model's.
         kv_bytes_used: bytes of valid keys and values after the last step.
         kv_bytes_allocated: bytes of the buffers that hold them.
@@ -34,6 +36,8 @@ class Report:
     image_tokens: float = 0.0
     image_tokens_kept: list[float] = field(default_factory=list)
     image_keep_share: float = 1.0
+    attending_share: list[float] = field(default_factory=list)
+    attention_flops_share: float = 1.0
     flops_share: float = 1.0
     kv_bytes_used: int = 0
     kv_bytes_allocated: int = 0
@@ -59,6 +63,7 @@ class Report:
             ("tokens per layer", _numbers(self.tokens_per_layer)),
             ("image tokens per layer", _numbers(self.image_tokens_kept)),
             ("image tokens, share over layers", f"{self.image_keep_share:.1%}"),
+            *self._attention_rows(),
             ("decoder prefill FLOPs", f"{self.flops_share:.1%} of the full model's"),
             ("KV cache", f"{_bytes(self.kv_bytes_used)} used, {_bytes(self.kv_bytes_allocated)} allocated, "
                          f"{_bytes(self.kv_bytes_full)} if nothing were removed"),
@@ -74,6 +79,15 @@ class Report:
         rows += [("error", message) for message in self.errors]
         width = max(len(label) for label, _ in rows)
         return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+    def _attention_rows(self) -> list[tuple[str, str]]:
+        if not self.attending_share:
+            return []
+        mean = sum(self.attending_share) / len(self.attending_share)
+        return [
+            ("tokens that attend", f"{mean:.1%}, mean over layers"),
+            ("attention FLOPs at prefill", f"{self.attention_flops_share:.1%} of the full model's"),
+        ]
 
 
 def _numbers(values: list[float]) -> str:

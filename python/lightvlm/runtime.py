@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from . import attention_hook
 from .layout import BatchLayout, LayoutError, read_layout
-from .methods.base import PrefillPart
+from .methods.base import AttentionPart, PrefillPart
 from .models import find_adapter
 from .models.base import Adapter
 from .plan import Plan
 from .report import Report
 from .session import Prefill
+from .sparse_attention import SparsePrefill
 from .statistics import Statistics, Timer
 
 if TYPE_CHECKING:
@@ -62,8 +63,7 @@ def attach(model: nn.Module, plan: Plan, *, trace: bool = False) -> Run:
     if plan.precision is not None:
         raise ValueError("plan.precision is not supported by this version")
     attention_hook.check_implementation(adapter.decoder.config._attn_implementation)
-    if plan.prefill is not None:
-        assert isinstance(plan.prefill, PrefillPart)
+    if isinstance(plan.prefill, PrefillPart):
         stages = plan.prefill.stages(len(adapter.layers))
         if stages and stages[0].layer < adapter.first_layer:
             raise ValueError(
@@ -86,6 +86,7 @@ class Run:
         self._adapter = adapter
         self._signature = inspect.signature(adapter.base.forward)
         self._prefill: Prefill | None = None
+        self._sparse: SparsePrefill | None = None
         self._cache: CompactCache | None = None
         self._layout: BatchLayout | None = None
         self._prompt = False
@@ -205,18 +206,20 @@ class Run:
         if not replaceable:
             return None
         self._prefill = self._plan_prefill(self._layout, inputs, drafts)
+        self._sparse = self._plan_sparse(self._layout, inputs, drafts)
         use_cache = inputs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self._adapter.decoder.config, "use_cache", True)
         # without anything to do, the model's own cache is left alone
-        needed = self._prefill is not None or self.plan.cache is not None
+        drops = self._sparse is not None and self._sparse.part.unimportant == "drop"
+        needed = self._prefill is not None or self.plan.cache is not None or drops
         if _is_compact(cache) or (needed and (use_cache or cache is not None)):
             self._cache = inputs["past_key_values"] = self._own_cache(cache, self._layout)
         return None
 
     def _step_aside(self, reason: str) -> None:
         """Note that the plan does not apply, if there is anything that it would have done."""
-        if self._reduces or self.plan.cache is not None:
+        if self._reduces or self.plan.cache is not None or isinstance(self.plan.prefill, AttentionPart):
             self._stats.step_aside(reason)
 
     def _read_layout(self, inputs: dict[str, Any], mask: Tensor | None) -> BatchLayout:
@@ -255,6 +258,17 @@ class Run:
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         return Prefill(part, layout, len(self._adapter.layers), tokens.device, drafts)
 
+    def _plan_sparse(self, layout: BatchLayout, inputs: dict[str, Any], drafts: int) -> SparsePrefill | None:
+        part = self.plan.prefill
+        if not isinstance(part, AttentionPart):
+            return None
+        longest = max(row.tokens for row in layout.rows)
+        if longest < part.min_tokens or min(row.tokens for row in layout.rows) == 0:
+            self._stats.step_aside(f"fewer than min_tokens ({part.min_tokens}) tokens, or none in a row")
+            return None
+        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        return SparsePrefill(part, layout, tokens.device, drafts)
+
     def _before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._prefill is None:
             return None
@@ -277,7 +291,9 @@ class Run:
         weights = None
         if self._prompt:
             level = self._prefill.level if self._prefill is not None else None
-            if self._prefill is not None and self._prefill.reduced:
+            if self._sparse is not None:
+                out = self._sparse.attend(index, query, key, value, scale)
+            elif self._prefill is not None and self._prefill.reduced:
                 assert level is not None
                 out = attention_hook.causal_rows(
                     call, self._original == "eager", module, query, key, value, level.starts, **kwargs
@@ -315,11 +331,15 @@ class Run:
             self._stats.add_time("prefill" if self._prompt else "decode", self._timer.stop())
         if self._prompt and self._layout is not None:
             self._stats.add_prompt(self._layout, self._prefill)
+        if self._sparse is not None:
+            self._stats.add_sparse(self._sparse)
+            if cache is not None and self._sparse.part.unimportant == "drop":
+                cache.keep_only(self._sparse.selections, self._sparse.tail)
         self._stats.add_cache(cache if cache is not None else getattr(output, "past_key_values", None))
 
     def _forget(self) -> None:
         """Drop what belongs to one call of the model, also where the call before did not get to its end."""
-        self._prefill = self._layout = self._cache = None
+        self._prefill = self._sparse = self._layout = self._cache = None
         self._prompt = False
         observer, self._observer = self._observer, None
         if observer is not None:

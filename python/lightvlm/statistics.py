@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .flops import attention_width, layer_flops, linear_weights
+from .flops import attention_flops, attention_width, layer_flops, linear_weights
 from .layout import BatchLayout
 from .models.base import Adapter
 from .report import Report
 from .session import Prefill
+from .sparse_attention import SparsePrefill
 
 if TYPE_CHECKING:
     from lightvlm_ext import OpCall
@@ -67,6 +68,10 @@ class Statistics:
         self._seconds: dict[str, float] = {}
         self._op_calls: Counter[str] = Counter()
         self._op_seconds: dict[str, float] = {}
+        self._attending = [0] * layers
+        self._could_attend = 0
+        self._attention_flops = self._full_attention_flops = 0
+        self._sparse: list[tuple[int, list[int], torch.Tensor]] = []
         self._aside: Counter[str] = Counter()
         self.errors: list[str] = []
 
@@ -101,6 +106,24 @@ class Statistics:
             self._tokens[index] += sum(row.tokens for row in rows)
             self._image_kept[index] += sum(sum(row.image_sizes) for row in rows)
 
+    def add_sparse(self, prompt: SparsePrefill) -> None:
+        """Count the tokens that attended; how many they were is asked of the device later."""
+        self._could_attend += sum(prompt.tokens)
+        self._sparse += [(layer, prompt.tokens, chosen.count) for layer, chosen in prompt.selections.items()]
+        if len(self._sparse) > _PENDING:
+            self._settle_sparse(len(self._sparse) // 2)
+
+    def _settle_sparse(self, number: int) -> None:
+        for layer, tokens, counts in self._sparse[:number]:
+            found = counts.tolist()
+            self._attending[layer] += sum(found)
+            spent = sum(attention_flops(self._width, count) for count in found)
+            full = sum(attention_flops(self._width, count) for count in tokens)
+            self._flops += spent - full
+            self._attention_flops += spent
+            self._full_attention_flops += full
+        del self._sparse[:number]
+
     def add_cache(self, cache: Any) -> None:
         if type(cache).__name__ == "CompactCache":
             self._bytes = (cache.kv_bytes_used, cache.kv_bytes_allocated, cache.kv_bytes_full)
@@ -111,6 +134,7 @@ class Statistics:
     def report(self) -> Report:
         """Everything so far; waits for the device."""
         self._settle(len(self._times))
+        self._settle_sparse(len(self._sparse))
         rows, images = max(1, self._rows), max(1, self._image_rows)
         kept = sum(self._image_kept)
         return Report(
@@ -119,6 +143,10 @@ class Statistics:
             image_tokens=self._image_tokens / images,
             image_tokens_kept=[count / images for count in self._image_kept],
             image_keep_share=kept / (self._layers * self._image_tokens) if self._image_tokens else 1.0,
+            attending_share=[count / self._could_attend for count in self._attending if self._could_attend],
+            attention_flops_share=(
+                self._attention_flops / self._full_attention_flops if self._full_attention_flops else 1.0
+            ),
             flops_share=self._flops / self._full_flops if self._full_flops else 1.0,
             kv_bytes_used=self._bytes[0],
             kv_bytes_allocated=self._bytes[1],
