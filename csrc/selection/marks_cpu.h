@@ -5,10 +5,7 @@
 #include <cstdint>
 
 #include "common/multiversion.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "common/x86_intrinsics.h"
 
 namespace lightvlm {
 

@@ -83,20 +83,6 @@ struct Scratch {
     std::vector<uint8_t> segment_kept;
 };
 
-// The key at which `wanted` tokens (masses null), or that much mass, are reached.
-Threshold find_threshold(const uint32_t* keys, const uint64_t* masses, int64_t n, uint64_t wanted,
-                         ThresholdScratch& scratch) {
-    scratch.reserve(n, masses != nullptr);
-    Threshold found;
-    const bool done =
-        masses == nullptr
-            ? multiversion<RankThreshold>(keys, n, static_cast<int64_t>(wanted),
-                                          scratch.keys.data(), &found)
-            : multiversion<MassThreshold>(keys, masses, n, wanted, scratch.keys.data(),
-                                          scratch.masses.data(), &found);
-    return done ? found : radix_threshold(keys, masses, n, wanted, scratch);
-}
-
 // The chosen among n tokens: keys from `lowest` on, of the tokens at and past `border` one more.
 struct Chosen {
     uint32_t lowest;

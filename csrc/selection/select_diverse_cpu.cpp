@@ -1,129 +1,50 @@
-// CPU twin of select_diverse.cuh: the same lazy greedy search with a heap, a row a thread. A
-// segment's features are turned into fp32 unit vectors once; sums run over the same 32 lanes at
-// every CPU level, so that the level does not change a bit.
+// CPU twin of select_diverse.cuh: the same rounds over a pool of the highest upper bounds. A
+// segment's features are turned into fp32 unit vectors once (diverse_cosine_cpu.h). Rows are shared
+// out among threads; where there are few, the products of a row are.
 #include "selection/select_diverse.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "common/multiversion.h"
 #include "common/parallel.h"
+#include "selection/diverse_cosine_cpu.h"
 #include "selection/diverse_value.h"
 #include "selection/rows_cpu.h"
+#include "selection/score_order.h"
+#include "selection/threshold_cpu.h"
 
 namespace lightvlm {
 
 namespace {
 
-// The widest register of a level. `At` is one in memory, at any float; it is always named, as
-// `auto` would drop its alignment.
-template <CpuLevel level>
-struct Register;
-template <>
-struct Register<CpuLevel::kPortable> {
-    typedef float Type __attribute__((vector_size(16)));
-    typedef float At __attribute__((vector_size(16), aligned(4), may_alias));
-};
-template <>
-struct Register<CpuLevel::kAvx2> {
-    typedef float Type __attribute__((vector_size(32)));
-    typedef float At __attribute__((vector_size(32), aligned(4), may_alias));
-};
-template <>
-struct Register<CpuLevel::kAvx512> {
-    typedef float Type __attribute__((vector_size(64)));
-    typedef float At __attribute__((vector_size(64), aligned(4), may_alias));
-};
+// Tokens in the pool: more make more choices a round, but have to stay in the cache.
+constexpr int64_t kPoolMost = 64;
+constexpr int64_t kPoolLeast = 16;
+constexpr int64_t kPoolFloats = 1 << 18;
 
-// Channels are padded to this: the sums of a dot product, in registers of any width.
-constexpr int64_t kLanes = 32;
-
-template <CpuLevel level>
-LIGHTVLM_INLINE float dot(const float* x, const float* y, int64_t padded) {
-    using Type = typename Register<level>::Type;
-    constexpr int64_t kRegisters = kLanes * sizeof(float) / sizeof(Type);
-    Type sums[kRegisters] = {};
-    for (int64_t c = 0; c < padded; c += kLanes) {
-        const typename Register<level>::At* x_at =
-            reinterpret_cast<const typename Register<level>::At*>(x + c);
-        const typename Register<level>::At* y_at =
-            reinterpret_cast<const typename Register<level>::At*>(y + c);
-#pragma GCC unroll 8
-        for (int64_t r = 0; r < kRegisters; ++r) sums[r] += x_at[r] * y_at[r];
-    }
-    float parts[kLanes];
-    std::memcpy(parts, sums, sizeof(parts));
-#pragma GCC unroll 8
-    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 16
-        for (int64_t k = 0; k < half; ++k) parts[k] += parts[k + half];
-    }
-    return parts[0];
-}
-
-// unit[0, padded): the unit vector of x, zeros where x has no direction and past channels.
-template <typename T>
-struct UnitVector {
-    template <CpuLevel level>
-    static LIGHTVLM_INLINE void run(const T* x, int64_t channels, float* unit, int64_t padded) {
-        uint32_t largest = 0;  // as bits, where NaN is above infinity
-        for (int64_t c = 0; c < channels; ++c) {
-            unit[c] = to_float(x[c]);
-            uint32_t bits;
-            std::memcpy(&bits, unit + c, sizeof(bits));
-            bits &= 0x7fffffffu;
-            largest = bits > largest ? bits : largest;
-        }
-        for (int64_t c = channels; c < padded; ++c) unit[c] = 0.0f;
-        float magnitude;
-        std::memcpy(&magnitude, &largest, sizeof(magnitude));
-        const float scale = diverse_scale(magnitude);
-        if (scale == 0.0f) {
-            std::memset(unit, 0, padded * sizeof(float));
-            return;
-        }
-        for (int64_t c = 0; c < padded; ++c) unit[c] *= scale;
-        const float inverse_norm = 1.0f / std::sqrt(dot<level>(unit, unit, padded));
-        for (int64_t c = 0; c < padded; ++c) unit[c] *= inverse_norm;
-    }
-};
-
-// Largest cosine of one unit vector to those at `others`, at least 0.
-struct LargestCosine {
-    template <CpuLevel level>
-    static LIGHTVLM_INLINE float run(const float* units, int64_t one, const int32_t* others,
-                                     int64_t count, int64_t padded) {
-        const float* unit = units + one * padded;
-        float largest = 0.0f;
-        for (int64_t k = 0; k < count; ++k) {
-            const float cosine = dot<level>(unit, units + others[k] * padded, padded);
-            largest = cosine > largest ? cosine : largest;
-        }
-        return largest;
-    }
-};
-
-struct Candidate {
-    float value;    // as far as `seen` choices are known: an upper bound
-    int32_t place;  // among the segment's tokens, ascending as they are
-    int32_t seen;
-    float worth;
-    float nearest;
-};
-
-// Whether b comes before a: a heap puts the highest value on top, and of equals the first token.
-bool comes_after(const Candidate& a, const Candidate& b) {
-    return a.value < b.value || (a.value == b.value && a.place > b.place);
-}
+// Products below this many are not worth waking a thread for.
+constexpr int64_t kParallelProducts = 1 << 18;
 
 struct Scratch {
     std::vector<uint8_t> kept;
     std::vector<int32_t> all_tokens;
-    std::vector<Candidate> heap;
-    std::vector<float> units;      // [tokens of the segment, padded channels]
-    std::vector<int32_t> choices;  // places, in the order of choice
+    std::vector<float> units;  // [places, padded channels]
+
+    // Of the places of a segment, ascending as its tokens are.
+    std::vector<uint32_t> keys;  // score_key(value as far as it is known), kKeyNone: not free
+    std::vector<float> worth;
+    std::vector<float> nearest;
+    std::vector<int32_t> seen;     // choices that `nearest` knows
+    std::vector<int32_t> choices;  // in their order
+    ThresholdScratch threshold;
+
+    // Of the pool.
+    std::vector<int32_t> pool;
+    std::vector<int32_t> stale;
+    std::vector<int32_t> stale_seen;
+    std::vector<float> cosines;
 };
 
 template <typename T>
@@ -133,14 +54,16 @@ class DiverseRow {
         : params_(params),
           row_(params.rows, row, error),
           features_(static_cast<const T*>(params.features) + row * params.features_row_stride),
-          padded_((params.channels + kLanes - 1) / kLanes * kLanes),
-          scratch_(scratch) {}
+          padded_((params.channels + kCosineLanes - 1) / kCosineLanes * kCosineLanes),
+          pool_size_(
+              std::clamp(kPoolFloats / std::max<int64_t>(padded_, 1), kPoolLeast, kPoolMost)),
+          s_(scratch) {}
 
     void run() {
         const int64_t n = row_.tokens();
-        scratch_.kept.assign(n, 0);
+        s_.kept.assign(n, 0);
         if (row_.forced() != nullptr) {
-            for (int64_t i = 0; i < n; ++i) scratch_.kept[i] = row_.forced()[i] != 0;
+            for (int64_t i = 0; i < n; ++i) s_.kept[i] = row_.forced()[i] != 0;
         }
         if (row_.has_segments()) {
             std::vector<CpuRow::Segment> segments;
@@ -149,11 +72,11 @@ class DiverseRow {
                 if (!choose(segment.id, segment.tokens)) return;
             }
         } else {
-            scratch_.all_tokens.resize(n);
-            for (int64_t i = 0; i < n; ++i) scratch_.all_tokens[i] = static_cast<int32_t>(i);
-            if (!choose(0, scratch_.all_tokens)) return;
+            s_.all_tokens.resize(n);
+            for (int64_t i = 0; i < n; ++i) s_.all_tokens[i] = static_cast<int32_t>(i);
+            if (!choose(0, s_.all_tokens)) return;
         }
-        row_.write(scratch_.kept.data());
+        row_.write(s_.kept.data());
     }
 
   private:
@@ -162,61 +85,171 @@ class DiverseRow {
         int64_t budget = 0;
         if (!row_.budget(segment_id, &budget)) return false;
         if (budget == 0) return true;
-        const int32_t n = static_cast<int32_t>(tokens.size());
-        std::vector<Candidate>& heap = scratch_.heap;
-        std::vector<int32_t>& choices = scratch_.choices;
-        heap.clear();
-        choices.clear();
-        scratch_.units.resize(n * padded_);
-        for (int32_t place = 0; place < n; ++place) {
-            const int32_t i = tokens[place];
-            const bool forced = row_.forced() != nullptr && row_.forced()[i];
-            if (forced) {
-                choices.push_back(place);
-            } else if (row_.candidates() == nullptr || row_.candidates()[i]) {
-                const float worth = diverse_worth(row_.scores()[i]);
-                heap.push_back(Candidate{worth, place, 0, worth, 0.0f});
-            } else {
-                continue;
-            }
-            multiversion<UnitVector<T>>(features_ + i * params_.features_token_stride,
-                                        params_.channels, scratch_.units.data() + place * padded_,
-                                        padded_);
-        }
-        std::make_heap(heap.begin(), heap.end(), comes_after);
-        while (budget > 0 && !heap.empty()) {
-            std::pop_heap(heap.begin(), heap.end(), comes_after);
-            Candidate& best = heap.back();
-            // Nothing times any similarity is nothing.
-            if (best.worth == 0.0f || best.seen == static_cast<int32_t>(choices.size())) {
-                scratch_.kept[tokens[best.place]] = 1;
-                choices.push_back(best.place);
-                --budget;
-                heap.pop_back();
-                continue;
-            }
-            catch_up(best);
-            std::push_heap(heap.begin(), heap.end(), comes_after);
+        int64_t free = start(tokens);
+        budget = std::min(budget, free);
+        while (budget > 0) {
+            const Cut cut = fill_pool(free);
+            refresh_pool();
+            const int64_t taken = take_from_pool(cut, budget, tokens);
+            budget -= taken;
+            free -= taken;
         }
         return true;
     }
 
-    void catch_up(Candidate& candidate) {
-        const std::vector<int32_t>& choices = scratch_.choices;
-        const int32_t count = static_cast<int32_t>(choices.size());
-        const float cosine = multiversion<LargestCosine>(
-            static_cast<const float*>(scratch_.units.data()), int64_t{candidate.place},
-            choices.data() + candidate.seen, int64_t{count - candidate.seen}, padded_);
-        candidate.nearest = std::max(candidate.nearest, cosine);
-        candidate.seen = count;
-        candidate.value = diverse_value(candidate.worth, params_.strength, candidate.nearest);
+    // Unit vectors and bounds of a segment; forced tokens are its first choices. Returns how many
+    // tokens are free.
+    int64_t start(const std::vector<int32_t>& tokens) {
+        const int64_t n = static_cast<int64_t>(tokens.size());
+        s_.keys.assign(n, kKeyNone);
+        s_.worth.resize(n);
+        s_.nearest.assign(n, 0.0f);
+        s_.seen.assign(n, 0);
+        s_.choices.clear();
+        int64_t free = 0;
+        for (int64_t place = 0; place < n; ++place) {
+            const int32_t i = tokens[place];
+            if (row_.forced() != nullptr && row_.forced()[i]) {
+                s_.choices.push_back(static_cast<int32_t>(place));
+            } else if (row_.candidates() == nullptr || row_.candidates()[i]) {
+                s_.worth[place] = diverse_worth(row_.scores()[i]);
+                s_.keys[place] = score_key(s_.worth[place]);
+                ++free;
+            }
+        }
+        if (s_.units.size() < static_cast<size_t>(n * padded_)) s_.units.resize(n * padded_);
+        parallel_items(n, padded_, [&](int64_t begin, int64_t end) {
+            for (int64_t place = begin; place < end; ++place) {
+                multiversion<UnitVector<T>>(
+                    features_ + tokens[place] * params_.features_token_stride, params_.channels,
+                    s_.units.data() + place * padded_, padded_);
+            }
+        });
+        return free;
+    }
+
+    // What the tokens outside the pool do not exceed: keys below `key`, or equal from `place` on.
+    struct Cut {
+        uint32_t key;
+        int32_t place;
+    };
+
+    // The highest bounds, in the order of the places.
+    Cut fill_pool(int64_t free) {
+        const int64_t n = static_cast<int64_t>(s_.keys.size());
+        Cut cut{kKeyNone + 1, static_cast<int32_t>(n)};
+        if (free > pool_size_) {
+            const Threshold threshold =
+                find_threshold(s_.keys.data(), nullptr, n, pool_size_, s_.threshold);
+            cut.key = threshold.key;
+            if (threshold.ties_kept < threshold.ties) {
+                int64_t left = threshold.ties_kept;
+                cut.place = 0;
+                for (; left > 0; ++cut.place) left -= s_.keys[cut.place] == cut.key ? 1 : 0;
+            }
+        }
+        s_.pool.resize(n + 1);  // a place is written before it is known to stay
+        int64_t count = 0;
+        for (int64_t place = 0; place < n; ++place) {
+            s_.pool[count] = static_cast<int32_t>(place);
+            count += s_.keys[place] >= cut.key + (place >= cut.place ? 1 : 0) ? 1 : 0;
+        }
+        s_.pool.resize(count);
+        return cut;
+    }
+
+    // Compares the pool with the choices it has not seen.
+    void refresh_pool() {
+        const int32_t count = static_cast<int32_t>(s_.choices.size());
+        s_.stale.clear();
+        int64_t products = 0;
+        for (int32_t place : s_.pool) {
+            // Nothing times any similarity is nothing.
+            if (s_.seen[place] == count || s_.worth[place] == 0.0f) continue;
+            s_.stale.push_back(place);
+            products += (count - s_.seen[place]) * padded_;
+        }
+        if (s_.stale.empty()) return;
+        // Tokens that have seen about as many share tiles.
+        std::sort(s_.stale.begin(), s_.stale.end(), [&](int32_t a, int32_t b) {
+            return s_.seen[a] != s_.seen[b] ? s_.seen[a] < s_.seen[b] : a < b;
+        });
+        const int64_t stale = static_cast<int64_t>(s_.stale.size());
+        s_.stale_seen.resize(stale);
+        s_.cosines.resize(std::max(stale, pool_size_));
+        for (int64_t k = 0; k < stale; ++k) {
+            s_.stale_seen[k] = s_.seen[s_.stale[k]];
+            s_.cosines[k] = s_.nearest[s_.stale[k]];
+        }
+        const auto compare = [&](int64_t begin, int64_t end) {
+            multiversion<LargestCosines>(
+                static_cast<const float*>(s_.units.data()), int64_t{padded_},
+                static_cast<const int32_t*>(s_.stale.data() + begin),
+                static_cast<const int32_t*>(s_.stale_seen.data() + begin), end - begin,
+                static_cast<const int32_t*>(s_.choices.data()), int64_t{count},
+                s_.cosines.data() + begin);
+        };
+        if (products < kParallelProducts) {
+            compare(0, stale);
+        } else {
+            parallel_items(stale, kParallelGrain, compare);
+        }
+        for (int64_t k = 0; k < stale; ++k) update(s_.stale[k], s_.cosines[k], count);
+    }
+
+    void update(int32_t place, float cosine, int32_t choices) {
+        s_.nearest[place] = std::max(s_.nearest[place], cosine);
+        s_.seen[place] = choices;
+        s_.keys[place] =
+            score_key(diverse_value(s_.worth[place], params_.strength, s_.nearest[place]));
+    }
+
+    // Chooses from the pool as long as its best exceeds all that is outside; returns how many.
+    int64_t take_from_pool(const Cut& cut, int64_t budget, const std::vector<int32_t>& tokens) {
+        s_.cosines.resize(std::max<size_t>(s_.cosines.size(), s_.pool.size()));
+        for (int64_t taken = 0;; ++taken) {
+            // Whoever is below the cut stays below it: it leaves the pool.
+            int32_t best = -1;
+            uint32_t best_key = kKeyNone;
+            size_t left = 0;
+            for (int32_t place : s_.pool) {
+                const uint32_t key = s_.keys[place];
+                if (key < cut.key + (place >= cut.place ? 1 : 0)) continue;
+                if (key > best_key) {
+                    best_key = key;
+                    best = place;
+                }
+                s_.pool[left++] = place;
+            }
+            s_.pool.resize(left);
+            if (best < 0 || taken == budget) return taken;
+
+            s_.kept[tokens[best]] = 1;
+            s_.keys[best] = kKeyNone;
+            s_.choices.push_back(best);
+            const int32_t count = static_cast<int32_t>(s_.choices.size());
+            s_.stale.clear();
+            left = 0;
+            for (int32_t place : s_.pool) {
+                if (place == best) continue;
+                s_.pool[left++] = place;
+                if (s_.worth[place] != 0.0f) s_.stale.push_back(place);
+            }
+            s_.pool.resize(left);
+            const int64_t others = static_cast<int64_t>(s_.stale.size());
+            multiversion<CosineRow>(static_cast<const float*>(s_.units.data()), int64_t{padded_},
+                                    best, static_cast<const int32_t*>(s_.stale.data()), others,
+                                    s_.cosines.data());
+            for (int64_t k = 0; k < others; ++k) update(s_.stale[k], s_.cosines[k], count);
+        }
     }
 
     const SelectDiverseParams& params_;
     CpuRow row_;
     const T* features_;
     const int64_t padded_;
-    Scratch& scratch_;
+    const int64_t pool_size_;
+    Scratch& s_;
 };
 
 }  // namespace

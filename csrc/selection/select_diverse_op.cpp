@@ -1,6 +1,8 @@
 // select_diverse: checks, parameters, registration.
 #include "selection/select_diverse.h"
 
+#include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <optional>
 
@@ -32,7 +34,8 @@ void select_diverse_op(const Tensor& scores,
     params.features_token_stride = features.stride(1);
     params.channels = features.size(2);
     check(std::isfinite(strength) && strength >= 0.0, "strength: got ", strength, ", must be >= 0");
-    params.strength = static_cast<float>(strength);
+    // Infinity times no similarity is not a number.
+    params.strength = static_cast<float>(std::min<double>(strength, FLT_MAX));
     if (backend == Backend::kCuda) {  // the CPU twin needs none
         check(workspace.has_value(), "workspace: is missing");
         params.workspace = row_output(

@@ -2,6 +2,7 @@
 //
 // radix_threshold()   any processor: counts (and masses) per digit of 11 + 11 + 10 bits, each round
 //                     among the tokens of the digit that the last one chose.
+// find_threshold()    the fastest of those below.
 // RankThreshold       AVX-512, a count: a sample of the keys brackets the answer, one sweep counts
 //                     what lies above and compresses what lies inside, bits of the key settle the
 //                     rest. The answer is the same; a sample that misleads is told by the counts,
@@ -16,11 +17,8 @@
 #include <vector>
 
 #include "common/multiversion.h"
+#include "common/x86_intrinsics.h"
 #include "selection/score_order.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace lightvlm {
 
@@ -48,10 +46,9 @@ struct ThresholdScratch {
     }
 };
 
-// masses null: `wanted` counts tokens. 1 <= wanted <= what there is of tokens with a key, or mass.
+// scratch holds room for n tokens; see find_threshold() for the arguments.
 inline Threshold radix_threshold(const uint32_t* keys, const uint64_t* masses, int64_t n,
                                  uint64_t wanted, ThresholdScratch& scratch) {
-    scratch.reserve(n, masses != nullptr);
     uint32_t prefix = 0;
     int shift = 32;
     uint32_t digit = 0;
@@ -110,14 +107,13 @@ inline Threshold radix_threshold(const uint32_t* keys, const uint64_t* masses, i
 
 namespace avx512 {
 
-#define LIGHTVLM_AVX512_INLINE LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE
-
 // The lanes of keys[i, i + 16) that lie below n.
-LIGHTVLM_AVX512_INLINE __mmask16 lanes_below(int64_t i, int64_t n) {
+LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE __mmask16 lanes_below(int64_t i, int64_t n) {
     return n - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n - i)) - 1u);
 }
 
-LIGHTVLM_AVX512_INLINE int64_t count_from(const uint32_t* keys, int64_t n, uint32_t lowest) {
+LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE int64_t count_from(const uint32_t* keys, int64_t n,
+                                                          uint32_t lowest) {
     const __m512i bound = _mm512_set1_epi32(static_cast<int32_t>(lowest));
     int64_t count = 0;
     int64_t i = 0;
@@ -133,8 +129,9 @@ LIGHTVLM_AVX512_INLINE int64_t count_from(const uint32_t* keys, int64_t n, uint3
 }
 
 // The rank-th highest of keys that all lie in [low, high], bit by bit. 1 <= rank <= n.
-LIGHTVLM_AVX512_INLINE uint32_t ranked_key(const uint32_t* keys, int64_t n, int64_t rank,
-                                           uint32_t low, uint32_t high) {
+LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE uint32_t ranked_key(const uint32_t* keys, int64_t n,
+                                                           int64_t rank, uint32_t low,
+                                                           uint32_t high) {
     const uint32_t differs = low ^ high;
     if (differs == 0) return low;
     const int bits = 32 - __builtin_clz(differs);
@@ -148,8 +145,9 @@ LIGHTVLM_AVX512_INLINE uint32_t ranked_key(const uint32_t* keys, int64_t n, int6
 
 // to[0, result): the keys of [low, high], in order; *above: how many lie higher. `to` may be
 // `keys`; it has 16 slots more than it gets.
-LIGHTVLM_AVX512_INLINE int64_t keys_between(const uint32_t* keys, int64_t n, uint32_t low,
-                                            uint32_t high, uint32_t* to, int64_t* above) {
+LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE int64_t keys_between(const uint32_t* keys, int64_t n,
+                                                            uint32_t low, uint32_t high,
+                                                            uint32_t* to, int64_t* above) {
     const __m512i lowest = _mm512_set1_epi32(static_cast<int32_t>(low));
     const __m512i highest = _mm512_set1_epi32(static_cast<int32_t>(high));
     int64_t inside = 0;
@@ -168,8 +166,8 @@ LIGHTVLM_AVX512_INLINE int64_t keys_between(const uint32_t* keys, int64_t n, uin
 }
 
 // Every n / count-th key, give or take: a fixed stride would follow the columns of an image.
-LIGHTVLM_AVX512_INLINE void sample_keys(const uint32_t* keys, int64_t n, uint32_t* sample,
-                                        int64_t count) {
+LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void sample_keys(const uint32_t* keys, int64_t n,
+                                                        uint32_t* sample, int64_t count) {
     const uint64_t stride = static_cast<uint64_t>(n / count);
     for (int64_t i = 0; i < count; ++i) {
         const uint64_t jitter = static_cast<uint32_t>(i) * 2654435769u;
@@ -343,5 +341,20 @@ struct MassThreshold {
     }
 #endif
 };
+
+// The key at which `wanted` tokens (masses null), or that much mass, are reached; 1 <= wanted <=
+// what there is of tokens with a key, or of mass.
+inline Threshold find_threshold(const uint32_t* keys, const uint64_t* masses, int64_t n,
+                                uint64_t wanted, ThresholdScratch& scratch) {
+    scratch.reserve(n, masses != nullptr);
+    Threshold found;
+    const bool done =
+        masses == nullptr
+            ? multiversion<RankThreshold>(keys, n, static_cast<int64_t>(wanted),
+                                          scratch.keys.data(), &found)
+            : multiversion<MassThreshold>(keys, masses, n, wanted, scratch.keys.data(),
+                                          scratch.masses.data(), &found);
+    return done ? found : radix_threshold(keys, masses, n, wanted, scratch);
+}
 
 }  // namespace lightvlm
