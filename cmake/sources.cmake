@@ -6,7 +6,10 @@ if(NOT LIGHTVLM_OPS)
         compaction/compact_kv
         importance/importance
         merging/gather_tokens
+        merging/merge_pairs
         merging/merge_tokens
+        quantization/dequantize_kv
+        quantization/quantize_kv
         selection/select
         selection/select_diverse
     )

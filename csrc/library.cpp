@@ -33,11 +33,26 @@ STABLE_TORCH_LIBRARY(lightvlm, m) {
         "Tensor group, bool right, Tensor(a!) out, Tensor(b!)? target, Tensor(c!)? workspace, "
         "Tensor(d!)? error) -> ()");
     m.def(
+        "merge_pairs(Tensor x, Tensor metric, Tensor window, Tensor? source, Tensor? protected, "
+        "Tensor? weight, Tensor? each, int merge, float ratio, float eps, bool right, "
+        "Tensor(a!) out, Tensor(b!) index, Tensor(c!) count, Tensor(d!) inverse, "
+        "Tensor(e!) target, Tensor(f!) out_weight, Tensor(g!)? workspace, Tensor(h!)? error) -> "
+        "()");
+    m.def(
         "decode_attention(Tensor query, Tensor[] key, Tensor[] value, int[] bits, int[] block, "
         "Tensor?[] lens, Tensor?[] leftpad, Tensor?[] key_scale, Tensor?[] key_zero, "
         "Tensor?[] value_channel, Tensor?[] value_token, float scale, Tensor(a!)[] mass, "
         "int[] mass_segment, Tensor(b!) out, Tensor(c!) lse, Tensor(d!)? workspace, "
         "Tensor(e!)? ticket, Tensor(f!)? error) -> ()");
+    m.def(
+        "quantize_kv(Tensor key, Tensor value, Tensor? lens, int bits, int block, "
+        "Tensor(a!) key_codes, Tensor(b!) value_codes, Tensor(c!) key_scale, Tensor(d!) key_zero, "
+        "Tensor(e!) value_channel, Tensor(f!) value_token, Tensor(g!)? workspace, "
+        "Tensor(h!)? error) -> ()");
+    m.def(
+        "dequantize_kv(Tensor key_codes, Tensor value_codes, Tensor key_scale, Tensor key_zero, "
+        "Tensor value_channel, Tensor value_token, Tensor? lens, int bits, int block, "
+        "Tensor(a!) key, Tensor(b!) value, Tensor(c!)? error) -> ()");
 }
 
 #if !defined(LIGHTVLM_EMULATION)

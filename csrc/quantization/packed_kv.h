@@ -1,13 +1,13 @@
-// The packed cache: keys and values of one segment at 8, 4 or 2 bits. No torch here; the Python side
-// is lightvlm_ext/_kv.py, and docs/kernels/quantization.md has the bit layout in prose.
+// The packed cache: keys and values of one segment at 8, 4 or 2 bits. No torch here; the Python
+// side is lightvlm_ext/_kv.py, and docs/kernels/quantization.md has the bit layout in prose.
 //
 //   key[n, d]   = key_scale[n / block, d] * key_code[n, d] + key_zero[n / block, d]
 //   value[n, d] = value_channel[n / block, d] * (value_token[n].scale * value_code[n, d]
 //                                                + value_token[n].zero)
 //
-// for each batch row and key/value head. A token's codes are one row of packed_row_bytes() bytes, in
-// the order of its channels: code d stands at bit d * bits of the row, from the lowest bit of the
-// first byte up. A row is a plain run of bytes, so that dropping tokens stays a move of rows.
+// for each batch row and key/value head. A token's codes are one row of packed_row_bytes() bytes,
+// in the order of its channels: code d stands at bit d * bits of the row, from the lowest bit of
+// the first byte up. A row is a plain run of bytes, so that dropping tokens stays a move of rows.
 #pragma once
 
 #include <cstdint>

@@ -85,7 +85,8 @@ def _quantize_value(value: torch.Tensor, packed: PackedKV, row: int, block: int,
     levels = 2**packed.bits - 1
     value = _numbers(value)
     largest = value.abs().amax(1) if value.shape[1] else value.new_zeros(value.shape[0], value.shape[2])
-    root = largest.clamp(min=_SMALLEST_VALUE).sqrt().clamp(max=_LARGEST_ROOT)
+    # In float64, as torch's square root in fp32 may be off by a bit.
+    root = largest.clamp(min=_SMALLEST_VALUE).double().sqrt().to(value).clamp(max=_LARGEST_ROOT)
     # A power of two, so that it rounds nothing, with which every token's scale is in (0, 1].
     spread = root.amax(1) * torch.tensor(2.0625).div(levels).to(root)
     factor = torch.ldexp(torch.ones_like(spread), torch.frexp(spread).exponent)
@@ -95,7 +96,7 @@ def _quantize_value(value: torch.Tensor, packed: PackedKV, row: int, block: int,
     shared = value * (1 / channel)[:, None]
     low, high = shared.amin(2) + 0.0, shared.amax(2)
     zero = _to_half(low, up=False)
-    scale = _to_half((high - zero.to(low)) / levels, up=True)
+    scale = _to_half((high - zero.to(low)) * (1 / levels), up=True)
     packed.value_token[row, :, taken] = torch.stack([scale, zero], dim=-1)
     scale, zero = scale.to(low)[..., None], zero.to(low)[..., None]
     inverse = torch.where(scale > 0, torch.ones_like(scale) / scale, 0.0)
