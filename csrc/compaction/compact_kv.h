@@ -8,6 +8,21 @@
 
 namespace lightvlm {
 
+// Where the tokens of each row of a batch lie: token n in page table[b, n / page_tokens], at
+// n % page_tokens. Everything contiguous.
+struct PagedTable {
+    const int32_t* table = nullptr;     // [batch, blocks]
+    const int32_t* lens = nullptr;      // [batch] tokens; null: as many as the blocks hold
+    const int32_t* refcount = nullptr;  // [pages] users of each page; null: one each
+    int32_t* row_pages = nullptr;       // [batch] out: pages that each row has afterwards
+    int32_t* freed = nullptr;           // [batch * blocks] out: pages that rows gave up, then -1
+    int32_t* freed_count = nullptr;     // [1] out; zero on entry
+    int64_t batch = 0;
+    int64_t blocks = 0;
+    int64_t page_tokens = 0;
+    int64_t pages = 0;
+};
+
 // Which rows are kept: index[b, h, j] for j < count[b, h]. Strides in elements; heads is 1, with
 // head strides 0, where all heads keep the same rows.
 struct CompactIndex {
@@ -21,10 +36,12 @@ struct CompactIndex {
     int64_t index_head_stride = 0;
     int64_t count_batch_stride = 0;
     int64_t count_head_stride = 0;
+    const PagedTable* paged = nullptr;  // null: row n of a tensor is its n-th
 };
 
 // Bytes that move: row (b, h, n) is the row_bytes bytes at data + b * batch_stride +
-// h * head_stride + n * token_stride, all in bytes. Rows of one tensor, and tensors, are disjoint.
+// h * head_stride + n * token_stride, all in bytes; of a paged tensor batch_stride is a page's, and
+// n counts within one. Rows of one tensor, and tensors, are disjoint.
 struct CompactTensor {
     char* data = nullptr;
     const CompactIndex* by = nullptr;  // by->heads is 1 or heads
@@ -53,6 +70,8 @@ struct CompactIndexError {
     int32_t value = 0;
 };
 
+// Of the first `count` entries of one row.
+CompactIndexError check_compact_indices(const int32_t* index, int64_t count, int64_t tokens);
 CompactIndexError check_compact_index(const CompactIndex& by);
 
 // Every index must have passed check_compact_index().

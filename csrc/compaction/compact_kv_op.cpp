@@ -1,29 +1,17 @@
 // compact_kv_: checks, parameters, registration.
 #include "compaction/compact_kv.h"
 
-#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "common/checks.h"
 #include "common/registration.h"
-#include "compaction/footprint.h"
+#include "compaction/moved_tensors.h"
 
 namespace lightvlm {
 
 namespace {
-
-constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
-
-struct Dim {
-    int64_t size;
-    int64_t stride;  // bytes
-};
-
-std::string numbered(std::string name, int64_t i) {
-    return name.append("[").append(std::to_string(i)).append("]");
-}
 
 // The wrapper's names: each layer brings its key, its value, and then its extras.
 std::vector<std::string> cache_names(const std::vector<int64_t>& layer, int64_t layers) {
@@ -37,25 +25,6 @@ std::vector<std::string> cache_names(const std::vector<int64_t>& layer, int64_t 
         names.push_back(role < 2 ? name : numbered(name, role - 2));
     }
     return names;
-}
-
-Footprint footprint_of(const Tensor& tensor) {
-    Footprint footprint;
-    footprint.begin = static_cast<const char*>(tensor.const_data_ptr());
-    const auto bytes = static_cast<int64_t>(tensor.element_size());
-    footprint.unit = bytes;
-    for (int64_t d = 0; d < tensor.dim(); ++d) {
-        if (tensor.size(d) > 1)
-            footprint.dims.push_back({tensor.size(d), tensor.stride(d) * bytes});
-    }
-    std::sort(footprint.dims.begin(), footprint.dims.end(),
-              [](const auto& a, const auto& b) { return a.stride > b.stride; });
-    // Dimensions that continue each other are one run of bytes.
-    while (!footprint.dims.empty() && footprint.dims.back().stride == footprint.unit) {
-        footprint.unit *= footprint.dims.back().size;
-        footprint.dims.pop_back();
-    }
-    return footprint;
 }
 
 CompactIndex index_of(const Tensor& index, const Tensor& count, int64_t layer) {
@@ -85,86 +54,6 @@ CompactIndex index_of(const Tensor& index, const Tensor& count, int64_t layer) {
     check(by.batch <= kMaxInt32 && by.heads <= kMaxInt32 && by.slots <= kMaxInt32, index_name,
           ": has shape ", shape_text(index), ", no dimension may exceed ", kMaxInt32);
     return by;
-}
-
-// Appends the rows of `cache` that its index moves. Dimensions of a row that lie in one run of
-// bytes are merged; one that does not becomes the heads, and further ones make a tensor each.
-void add_rows(const Tensor& cache, const std::string& name, int64_t token_dim, bool per_head,
-              const CompactIndex& by, std::vector<CompactTensor>* tensors) {
-    const auto bytes = static_cast<int64_t>(cache.element_size());
-    const int64_t head_dim = token_dim == 1 ? 2 : 1;
-    CompactTensor rows;
-    rows.data = static_cast<char*>(cache.mutable_data_ptr());
-    rows.by = &by;
-    rows.batch_stride = cache.stride(0) * bytes;
-    rows.token_stride = cache.stride(token_dim) * bytes;
-    rows.row_bytes = bytes;
-    if (per_head) {
-        rows.heads = cache.size(head_dim);
-        rows.head_stride = cache.stride(head_dim) * bytes;
-    }
-
-    std::vector<Dim> outer;
-    for (int64_t d = 1; d < cache.dim(); ++d) {
-        if (d == token_dim || (per_head && d == head_dim) || cache.size(d) == 1) continue;
-        outer.push_back({cache.size(d), cache.stride(d) * bytes});
-    }
-    std::sort(outer.begin(), outer.end(),
-              [](const Dim& a, const Dim& b) { return a.stride > b.stride; });
-    while (!outer.empty() && outer.back().stride == rows.row_bytes) {
-        rows.row_bytes *= outer.back().size;
-        outer.pop_back();
-    }
-    if (!per_head && !outer.empty()) {
-        rows.heads = outer.front().size;
-        rows.head_stride = outer.front().stride;
-        outer.erase(outer.begin());
-    }
-    check(rows.row_bytes <= kMaxInt32 && rows.heads <= kMaxInt32, name, ": has shape ",
-          shape_text(cache), ", a row may have at most ", kMaxInt32, " bytes and heads");
-
-    // One tensor for each position of the remaining dimensions.
-    std::vector<int64_t> position(outer.size(), 0);
-    while (true) {
-        CompactTensor here = rows;
-        for (size_t d = 0; d < outer.size(); ++d) here.data += position[d] * outer[d].stride;
-        tensors->push_back(here);
-        size_t d = outer.size();
-        while (d > 0 && ++position[d - 1] == outer[d - 1].size) position[--d] = 0;
-        if (d == 0) break;
-    }
-}
-
-void check_disjoint(const std::vector<Tensor>& caches, const std::vector<std::string>& names,
-                    const std::vector<Tensor>& index, const std::vector<Tensor>& count) {
-    struct Owner {
-        Footprint footprint;
-        std::string name;
-        bool moves;
-    };
-    std::vector<Owner> owners;
-    const auto add = [&](const Tensor& tensor, const std::string& name, bool moves) {
-        if (tensor.numel() > 0) owners.push_back({footprint_of(tensor), name, moves});
-    };
-    for (size_t i = 0; i < caches.size(); ++i) add(caches[i], names[i], true);
-    for (size_t l = 0; l < index.size(); ++l) {
-        add(index[l], numbered("index", l), false);
-        add(count[l], numbered("count", l), false);
-    }
-    std::sort(owners.begin(), owners.end(),
-              [](const Owner& a, const Owner& b) { return a.footprint.begin < b.footprint.begin; });
-    for (size_t i = 0; i < owners.size(); ++i) {
-        const Owner& a = owners[i];
-        check(!a.moves || !overlaps_itself(a.footprint), "compact_kv_: ", a.name,
-              ": rows share memory (an expanded tensor?), must be disjoint");
-        const char* end = a.footprint.end();
-        for (size_t j = i + 1; j < owners.size() && owners[j].footprint.begin < end; ++j) {
-            const Owner& b = owners[j];
-            if (!a.moves && !b.moves) continue;
-            check(!overlap(a.footprint, b.footprint), "compact_kv_: ", a.name, ", ", b.name,
-                  ": share memory, all that moves must be disjoint");
-        }
-    }
 }
 
 #if !defined(LIGHTVLM_EMULATION)
@@ -221,7 +110,13 @@ void compact_kv_op(const std::vector<Tensor>& caches,      // rows along token_d
         rows.tokens = tokens;
         if (cache.numel() > 0) add_rows(cache, name, token_dim[i], per_head, rows, &tensors);
     }
-    check_disjoint(caches, names, index, count);
+    std::vector<NamedTensor> all;
+    for (size_t i = 0; i < caches.size(); ++i) all.push_back({&caches[i], names[i], true});
+    for (size_t l = 0; l < index.size(); ++l) {
+        all.push_back({&index[l], numbered("index", l), false});
+        all.push_back({&count[l], numbered("count", l), false});
+    }
+    check_disjoint("compact_kv_", all);
 #if !defined(LIGHTVLM_EMULATION)
     if constexpr (backend == Backend::kCpu) {
         for (int64_t l = 0; l < layers; ++l) {
