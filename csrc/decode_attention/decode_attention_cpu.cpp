@@ -15,6 +15,7 @@
 #include "common/parallel.h"
 #include "decode_attention/decode_attention.h"
 #include "decode_attention/decode_float_cpu.h"
+#include "decode_attention/decode_packed_cpu.h"
 #include "decode_attention/decode_span_cpu.h"
 
 namespace lightvlm {
@@ -86,6 +87,26 @@ struct Part {
     float* weights;
     float* span_highest;
 };
+
+void compute_scores(const Span& span, SpanScratch* scratch) {
+#if defined(__x86_64__)
+    if (is_packed(span.format) && !span.fine &&
+        cpu_level(CpuLevel::kAvx512Bf16) >= CpuLevel::kAvx512Vnni) {
+        return packed_scores(span, scratch);
+    }
+#endif
+    multiversion<FloatScores>(&span, scratch);
+}
+
+void compute_values(const Span& span, const float* p, SpanScratch* scratch) {
+#if defined(__x86_64__)
+    if (is_packed(span.format) && !span.fine &&
+        cpu_level(CpuLevel::kAvx512Bf16) >= CpuLevel::kAvx512Vnni) {
+        return packed_values(span, p, scratch);
+    }
+#endif
+    multiversion<FloatValues>(&span, p, scratch);
+}
 
 // Adds a span to what came before it: highest, sum and out of one head.
 struct AddSpan {
@@ -240,7 +261,7 @@ class Decoder {
         for (int64_t begin = tokens.begin; begin < tokens.end;) {
             const int64_t end = span_end(segment, begin, tokens.end);
             set_tokens(segment, b, kv, {begin, end}, &span);
-            multiversion<FloatScores>(&span, &scratch);
+            compute_scores(span, &scratch);
             multiversion<SpanSoftmax>(span.heads, span.tokens, scratch.scores, scratch.highest,
                                       scratch.sum);
             if (keeps_weights) {
@@ -253,7 +274,7 @@ class Decoder {
                         scratch.highest[h];
                 }
             }
-            multiversion<FloatValues>(&span, static_cast<const float*>(scratch.scores), &scratch);
+            compute_values(span, scratch.scores, &scratch);
             for (int64_t h = 0; h < heads; ++h) {
                 add_span(scratch, h, begin == tokens.begin, to.highest + first + h,
                          to.sum + first + h, to.out + (first + h) * layout_.channels);
