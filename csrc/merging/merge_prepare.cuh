@@ -13,9 +13,9 @@
 #include "common/device_error.cuh"
 #include "common/float16.cuh"
 #include "common/launch.h"
-#include "merging/merge_numbers.h"
+#include "merging/merge_arrange.cuh"
+#include "merging/merge_measure.cuh"
 #include "merging/merge_tokens.h"
-#include "merging/merge_vector.cuh"
 
 namespace lightvlm {
 
@@ -26,7 +26,9 @@ constexpr int kPrepareWarps = kPrepareThreads / kWarpThreads;
 struct MergeWorkspace {
     // [rows, tokens], by position in dropped: score_key(cosine) << 32 | ~kept token; 0: none yet.
     unsigned long long* best;
+    ListSpan* span;          // [rows, slots]: the list of kept[j] in order
     int32_t* dropped;        // [rows, tokens]
+    int32_t* order;          // [rows, tokens]: dropped tokens by the kept one they go to
     float* scale;            // [rows, tokens], metric_scale()
     float* inverse;          // [rows, tokens], inverse_length()
     int32_t* kept;           // [rows, slots]
@@ -35,8 +37,10 @@ struct MergeWorkspace {
     __host__ __device__ explicit MergeWorkspace(const MergeTokensParams& params) {
         const int64_t all = params.rows * params.tokens;
         best = reinterpret_cast<unsigned long long*>(params.workspace);
-        dropped = reinterpret_cast<int32_t*>(best + all);
-        scale = reinterpret_cast<float*>(dropped + all);
+        span = reinterpret_cast<ListSpan*>(best + all);
+        dropped = reinterpret_cast<int32_t*>(span + params.rows * params.slots);
+        order = dropped + all;
+        scale = reinterpret_cast<float*>(order + all);
         inverse = scale + all;
         kept = reinterpret_cast<int32_t*>(inverse + all);
         dropped_count = kept + params.rows * params.slots;
@@ -138,41 +142,6 @@ __device__ inline void list_tokens(const MergeTokensParams& params, int64_t row,
     if (threadIdx.x == 0) workspace.dropped_count[row] = listed;
 }
 
-// A warp measures one vector.
-template <typename T, int kVector>
-__device__ void measure_token(const MergeTokensParams& params, int64_t row, int64_t token) {
-    const MergeWorkspace workspace(params);
-    const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
-    const T* vector = static_cast<const T*>(params.metric) + row * params.metric_row_stride +
-                      token * params.metric_token_stride;
-    const auto sum_squares = [&](float scale, uint32_t* largest) {
-        float sum = 0.0f;
-        for (int64_t i = lane * kVector; i < params.metric_width; i += kWarpThreads * kVector) {
-            float values[kVector];
-            load_floats<kVector>(vector + i, values);
-            LIGHTVLM_UNROLL
-            for (int v = 0; v < kVector; ++v) {
-                *largest = max(*largest, __float_as_uint(values[v]) & 0x7fffffffu);
-                const float value = values[v] * scale;
-                sum += value * value;
-            }
-        }
-        for (int step = kWarpThreads / 2; step > 0; step /= 2) {
-            sum += __shfl_xor_sync(kFullWarp, sum, step);
-            *largest = max(*largest, __shfl_xor_sync(kFullWarp, *largest, step));
-        }
-        return sum;
-    };
-    uint32_t largest = 0;
-    float sum = sum_squares(1.0f, &largest);
-    const float scale = metric_scale(__uint_as_float(largest));
-    if (scale != 1.0f && scale != 0.0f) sum = sum_squares(scale, &largest);
-    if (lane == 0) {
-        workspace.scale[row * params.tokens + token] = scale;
-        workspace.inverse[row * params.tokens + token] = scale == 0.0f ? 0.0f : inverse_length(sum);
-    }
-}
-
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kPrepareThreads)
     merge_prepare_kernel(const __grid_constant__ MergeTokensParams params, int64_t blocks_per_row) {
@@ -184,7 +153,14 @@ __global__ void __launch_bounds__(kPrepareThreads)
     }
     const int64_t token =
         (block - 1) * kPrepareWarps + static_cast<int64_t>(threadIdx.x) / kWarpThreads;
-    if (token < params.tokens) measure_token<T, kVector>(params, row, token);
+    if (token >= params.tokens) return;
+    const T* vector = static_cast<const T*>(params.metric) + row * params.metric_row_stride +
+                      token * params.metric_token_stride;
+    const VectorMeasure measure = measure_vector<kVector>(vector, params.metric_width);
+    if (threadIdx.x % kWarpThreads != 0) return;
+    const MergeWorkspace workspace(params);
+    workspace.scale[row * params.tokens + token] = measure.scale;
+    workspace.inverse[row * params.tokens + token] = measure.inverse;
 }
 
 }  // namespace lightvlm

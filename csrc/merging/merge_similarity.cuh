@@ -1,10 +1,16 @@
-// merge_tokens, second launch: each dropped token's most similar kept one.
+// The second launch of merge_tokens, and of merge_pairs for large windows: each dropped token's
+// most similar kept one. (In merge_pairs the dropped ones are the sources, the kept ones the
+// destinations.)
 //
 // Formula   best[d] = max over kept tokens c of d's group of
 //           score_key(dot(d, c) * inverse_length(c)) << 32 | ~c
 // Owner     A block owns a tile of 64 dropped x 64 kept tokens over the whole width, and hands the
 //           best of each row to an atomic maximum over integers: exact, in any order, and ties
 //           go to the lower kept token. Tiles without a common group end at once.
+// Problem   Who stands at which position: a struct with the metric, and
+//               bool may_match(row, first_dropped, first_kept)   false: the tile has no pair
+//               SimilarityToken dropped(row, position), kept(row, position)
+//               unsigned long long* best(row)                    by position of the dropped token
 // Shared    General: 64 x 2 rows of 16 values. Tensor cores: three stages of 64 x 2 rows of 64
 //           values, rows 16 bytes longer than that so that fragments load without bank conflicts.
 // Bound     FLOPs: 2 * kept * dropped * width; fragments of shared memory come first on the
@@ -15,12 +21,28 @@
 
 #include "common/block.cuh"
 #include "common/ptx.cuh"
-#include "merging/merge_prepare.cuh"
-#include "selection/score_order.h"
+#include "merging/merge_numbers.h"
+#include "merging/merge_vector.cuh"
 
 namespace lightvlm {
 
 constexpr int kSimilarityTile = 64;
+
+// A token of a tile; the default stands past the end, and for bad entries.
+struct SimilarityToken {
+    int32_t token = -1;
+    int32_t group = -1;
+    float scale = 0.0f;  // 0 where there is no token
+    float inverse = 0.0f;
+};
+
+// The vectors that are compared. Strides in elements.
+struct SimilarityMetric {
+    const void* data;
+    int64_t width;
+    int64_t row_stride;
+    int64_t token_stride;
+};
 
 // The tokens of one block's tile.
 struct SimilarityTokens {
@@ -48,32 +70,23 @@ __device__ __forceinline__ SimilarityTile similarity_tile(int64_t dropped_tiles,
 }
 
 // Fills in the tokens. False, in each thread, where no pair of the tile has a group in common.
-template <int kThreads>
-__device__ bool load_similarity_tokens(const MergeTokensParams& params, const SimilarityTile& tile,
+template <int kThreads, typename Problem>
+__device__ bool load_similarity_tokens(const Problem& problem, const SimilarityTile& tile,
                                        SimilarityTokens& tokens) {
-    const MergeWorkspace workspace(params);
-    const int64_t row_tokens = tile.row * params.tokens;
-    const int32_t* group = params.group + tile.row * params.group_stride;
+    if (!problem.may_match(tile.row, tile.first_dropped, tile.first_kept)) return false;
     for (int i = static_cast<int>(threadIdx.x); i < 2 * kSimilarityTile; i += kThreads) {
-        const bool is_kept = i >= kSimilarityTile;
         const int at = i % kSimilarityTile;
-        const int64_t position = at + (is_kept ? tile.first_kept : tile.first_dropped);
-        int32_t token = -1;
-        if (is_kept && position < merge_count(params, tile.row)) {
-            token = workspace.kept[tile.row * params.slots + position];
-        } else if (!is_kept && position < workspace.dropped_count[tile.row]) {
-            token = workspace.dropped[row_tokens + position];
-        }
-        const float scale = token >= 0 ? workspace.scale[row_tokens + token] : 0.0f;
-        if (is_kept) {
-            tokens.kept[at] = token;
-            tokens.kept_group[at] = token >= 0 ? group[token] : -1;
-            tokens.kept_scale[at] = scale;
-            tokens.kept_inverse[at] = token >= 0 ? workspace.inverse[row_tokens + token] : 0.0f;
+        if (i >= kSimilarityTile) {
+            const SimilarityToken one = problem.kept(tile.row, tile.first_kept + at);
+            tokens.kept[at] = one.token;
+            tokens.kept_group[at] = one.group;
+            tokens.kept_scale[at] = one.scale;
+            tokens.kept_inverse[at] = one.inverse;
         } else {
-            tokens.dropped[at] = token;
-            tokens.dropped_group[at] = token >= 0 ? group[token] : -2;
-            tokens.dropped_scale[at] = scale;
+            const SimilarityToken one = problem.dropped(tile.row, tile.first_dropped + at);
+            tokens.dropped[at] = one.token;
+            tokens.dropped_group[at] = one.group;
+            tokens.dropped_scale[at] = one.scale;
         }
     }
     __syncthreads();
@@ -97,17 +110,15 @@ __device__ __forceinline__ unsigned long long pair_value(const SimilarityTokens&
 }
 
 // The highest value of the kLanes neighbouring lanes that share a row goes to the dropped token.
-template <int kLanes>
-__device__ __forceinline__ void report_best(const MergeTokensParams& params,
-                                            const SimilarityTile& tile, int row,
-                                            unsigned long long value) {
+template <int kLanes, typename Problem>
+__device__ __forceinline__ void report_best(const Problem& problem, const SimilarityTile& tile,
+                                            int row, unsigned long long value) {
     for (int step = kLanes / 2; step > 0; step /= 2) {
         const unsigned long long other = __shfl_xor_sync(kFullWarp, value, step);
         value = other > value ? other : value;
     }
     if (value == 0 || threadIdx.x % kLanes != 0) return;
-    const MergeWorkspace workspace(params);
-    atomicMax(workspace.best + tile.row * params.tokens + tile.first_dropped + row, value);
+    atomicMax(problem.best(tile.row) + tile.first_dropped + row, value);
 }
 
 // Any dtype, any alignment.
@@ -120,17 +131,18 @@ struct GeneralShared {
     float kept[kGeneralDepth][kSimilarityTile + 4];
 };
 
-template <typename T>
+template <typename T, typename Problem>
 __global__ void __launch_bounds__(kGeneralThreads)
-    merge_similarity_kernel(const __grid_constant__ MergeTokensParams params, int64_t dropped_tiles,
+    merge_similarity_kernel(const __grid_constant__ Problem problem, int64_t dropped_tiles,
                             int64_t kept_tiles) {
     auto& shared = *shared_memory<GeneralShared>();
     const SimilarityTile tile = similarity_tile(dropped_tiles, kept_tiles);
-    if (!load_similarity_tokens<kGeneralThreads>(params, tile, shared.tokens)) return;
-    const T* metric = static_cast<const T*>(params.metric) + tile.row * params.metric_row_stride;
+    if (!load_similarity_tokens<kGeneralThreads>(problem, tile, shared.tokens)) return;
+    const SimilarityMetric& vectors = problem.metric;
+    const T* metric = static_cast<const T*>(vectors.data) + tile.row * vectors.row_stride;
     const auto load = [&](int32_t token, float scale, int64_t k) {
-        if (scale == 0.0f || k >= params.metric_width) return 0.0f;
-        return to_float(metric[token * params.metric_token_stride + k]) * scale;
+        if (scale == 0.0f || k >= vectors.width) return 0.0f;
+        return to_float(metric[token * vectors.token_stride + k]) * scale;
     };
 
     // A thread owns 4 x 4 pairs, 16 apart.
@@ -139,7 +151,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
     const int own_row = static_cast<int>(threadIdx.x) / kStep;
     const int own_column = static_cast<int>(threadIdx.x) % kStep;
     float sums[kOwn][kOwn] = {};
-    for (int64_t k0 = 0; k0 < params.metric_width; k0 += kGeneralDepth) {
+    for (int64_t k0 = 0; k0 < vectors.width; k0 += kGeneralDepth) {
         for (int i = static_cast<int>(threadIdx.x); i < kSimilarityTile * kGeneralDepth;
              i += kGeneralThreads) {
             const int k = i % kGeneralDepth;
@@ -171,7 +183,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
                 pair_value(shared.tokens, own_row + r * kStep, own_column + c * kStep, sums[r][c]);
             best = value > best ? value : best;
         }
-        report_best<kStep>(params, tile, own_row + r * kStep, best);
+        report_best<kStep>(problem, tile, own_row + r * kStep, best);
     }
 }
 
@@ -189,7 +201,7 @@ struct TensorShared {
 
 // Starts to load one stage: 64 tokens' values [k0, k0 + 64).
 template <typename T>
-__device__ __forceinline__ void load_stage(const MergeTokensParams& params, const T* metric,
+__device__ __forceinline__ void load_stage(const SimilarityMetric& vectors, const T* metric,
                                            const int32_t* tokens, const float* scales, int64_t k0,
                                            uint16_t (*stage)[kTensorPitch]) {
     constexpr int kPiece = 8;
@@ -199,9 +211,9 @@ __device__ __forceinline__ void load_stage(const MergeTokensParams& params, cons
         const int at = i / kPieces;
         const int64_t k = k0 + i % kPieces * kPiece;
         uint16_t* to = &stage[at][i % kPieces * kPiece];
-        const float scale = k < params.metric_width ? scales[at] : 0.0f;
+        const float scale = k < vectors.width ? scales[at] : 0.0f;
         const bool read = scale != 0.0f;
-        const T* from = read ? metric + tokens[at] * params.metric_token_stride + k : metric;
+        const T* from = read ? metric + tokens[at] * vectors.token_stride + k : metric;
         if (scale == 1.0f || scale == 0.0f) {
             ptx::cp_async_16(to, from, read);
             continue;
@@ -218,20 +230,21 @@ __device__ __forceinline__ uint32_t load_pair(const uint16_t* values) {
     return *reinterpret_cast<const uint32_t*>(values);
 }
 
-template <typename T>
+template <typename T, typename Problem>
 __global__ void __launch_bounds__(kTensorThreads)
-    merge_similarity_tensor_kernel(const __grid_constant__ MergeTokensParams params,
-                                   int64_t dropped_tiles, int64_t kept_tiles) {
+    merge_similarity_tensor_kernel(const __grid_constant__ Problem problem, int64_t dropped_tiles,
+                                   int64_t kept_tiles) {
     auto& shared = *shared_memory<TensorShared>();
     const SimilarityTile tile = similarity_tile(dropped_tiles, kept_tiles);
-    if (!load_similarity_tokens<kTensorThreads>(params, tile, shared.tokens)) return;
-    const T* metric = static_cast<const T*>(params.metric) + tile.row * params.metric_row_stride;
-    const int64_t depths = (params.metric_width + kTensorDepth - 1) / kTensorDepth;
+    if (!load_similarity_tokens<kTensorThreads>(problem, tile, shared.tokens)) return;
+    const SimilarityMetric& vectors = problem.metric;
+    const T* metric = static_cast<const T*>(vectors.data) + tile.row * vectors.row_stride;
+    const int64_t depths = (vectors.width + kTensorDepth - 1) / kTensorDepth;
     const auto load = [&](int64_t depth) {
         const int stage = static_cast<int>(depth % kTensorStages);
-        load_stage<T>(params, metric, shared.tokens.dropped, shared.tokens.dropped_scale,
+        load_stage<T>(vectors, metric, shared.tokens.dropped, shared.tokens.dropped_scale,
                       depth * kTensorDepth, shared.dropped[stage]);
-        load_stage<T>(params, metric, shared.tokens.kept, shared.tokens.kept_scale,
+        load_stage<T>(vectors, metric, shared.tokens.kept, shared.tokens.kept_scale,
                       depth * kTensorDepth, shared.kept[stage]);
     };
 
@@ -302,7 +315,7 @@ __global__ void __launch_bounds__(kTensorThreads)
                     best = value > best ? value : best;
                 }
             }
-            report_best<4>(params, tile, row, best);
+            report_best<4>(problem, tile, row, best);
         }
     }
 }

@@ -1,137 +1,95 @@
-// merge_tokens: each dropped token into the most similar kept one, in three launches without a
+// merge_tokens: each dropped token into the most similar kept one, in four launches without a
 // host in between.
 //
 //   1. merge_prepare.cuh      lists of kept and dropped tokens, lengths of the metric vectors
 //   2. merge_similarity.cuh   best[d] for each dropped token d
-//   3. here                   the merged rows
+//   3. here                   dropped tokens by the kept one they go to
+//   4. merge_rows.cuh         the merged rows
 //
-// Formula   out(slot of c) = (w_c x_c + sum w_i x_i) / (w_c + sum w_i), over the d = i with best[d]
-// = c Owner     A block owns one slot and a chunk of its columns; it finds the arriving tokens by a
-// sweep
-//           over best[], in ascending order, and adds them in that order. No atomics.
-// Exact     Products and sums round to fp32 one by one (no fused multiply-add), as on the CPU.
-// Shared    3 KiB: the tokens and weights of up to 256 arrivals; more take another sweep.
-// Bound     Bytes: x is read once, out written once; each block sweeps 8 B x dropped from the L2.
+// Owner     A warp owns one entry of index (where its list begins, how long it is), or one dropped
+//           token (its place in the list).
+// Shared    None.
+// Bound     Latency: merge_arrange.cuh.
 #pragma once
 
-#include "common/block.cuh"
 #include "merging/merge_prepare.cuh"
+#include "merging/merge_similarity.cuh"
 
 namespace lightvlm {
 
-constexpr int kMergeThreads = 128;
-constexpr int kMergeArrivals = 256;
+// Who is compared with whom.
+struct MergeTokensProblem {
+    SimilarityMetric metric;
+    MergeTokensParams params;
 
-struct MergeShared {
-    int32_t token[kMergeArrivals];
-    float weight[kMergeArrivals];
-    uint32_t ranks[kMergeThreads / kWarpThreads];
-    uint32_t maxima[kMergeThreads / kWarpThreads];
+    __host__ explicit MergeTokensProblem(const MergeTokensParams& merge)
+        : metric{merge.metric, merge.metric_width, merge.metric_row_stride,
+                 merge.metric_token_stride},
+          params(merge) {}
+
+    __device__ __forceinline__ unsigned long long* best(int64_t row) const {
+        return MergeWorkspace(params).best + row * params.tokens;
+    }
+    __device__ __forceinline__ bool may_match(int64_t row, int64_t first_dropped,
+                                              int64_t first_kept) const {
+        return first_dropped < MergeWorkspace(params).dropped_count[row] &&
+               first_kept < merge_count(params, row);
+    }
+    __device__ __forceinline__ SimilarityToken kept(int64_t row, int64_t position) const {
+        if (position >= merge_count(params, row)) return {};
+        return token(row, MergeWorkspace(params).kept[row * params.slots + position]);
+    }
+    __device__ __forceinline__ SimilarityToken dropped(int64_t row, int64_t position) const {
+        const MergeWorkspace workspace(params);
+        if (position >= workspace.dropped_count[row]) return {};
+        return token(row, workspace.dropped[row * params.tokens + position]);
+    }
+
+  private:
+    __device__ __forceinline__ SimilarityToken token(int64_t row, int32_t at) const {
+        if (at < 0) return {};
+        const MergeWorkspace workspace(params);
+        const int64_t all = row * params.tokens + at;
+        return {at, params.group[row * params.group_stride + at], workspace.scale[all],
+                workspace.inverse[all]};
+    }
 };
 
-struct Arrivals {
-    int64_t count = 0;
-    float highest = 0.0f;  // weight
-};
+constexpr int kArrangeThreads = 256;
+constexpr int kArrangeWarps = kArrangeThreads / kWarpThreads;
 
-// Lists arrivals [first, first + kMergeArrivals) at the kept token, counts all of them, and writes
-// where they went.
-__device__ inline Arrivals find_arrivals(const MergeTokensParams& params, int64_t row,
-                                         int32_t token, int64_t first, int32_t* target,
-                                         int32_t entry, MergeShared& shared) {
+__global__ void __launch_bounds__(kArrangeThreads)
+    merge_arrange_kernel(const __grid_constant__ MergeTokensParams params) {
     const MergeWorkspace workspace(params);
+    const int64_t warp =
+        static_cast<int64_t>(blockIdx.x) * kArrangeWarps + threadIdx.x / kWarpThreads;
+    const int64_t row = warp / (params.slots + params.tokens);
+    if (row >= params.rows) return;
+    const int64_t item = warp % (params.slots + params.tokens);
+    const bool is_entry = item < params.slots;
+    const int64_t dropped_count = workspace.dropped_count[row];
     const unsigned long long* best = workspace.best + row * params.tokens;
-    const int32_t* dropped = workspace.dropped + row * params.tokens;
-    const float* weight = params.weight + row * params.weight_stride;
-    const int32_t dropped_count = workspace.dropped_count[row];
-    Arrivals arrivals;
-    uint32_t highest = 0;
-    for (int64_t tile = 0; tile < dropped_count; tile += kMergeThreads) {
-        const int64_t d = tile + threadIdx.x;
-        int32_t from = -1;
-        float share = 0.0f;
-        // 0, where nothing was near, stands for no token.
-        if (d < dropped_count && static_cast<uint32_t>(best[d]) == ~static_cast<uint32_t>(token)) {
-            from = dropped[d];
-            share = is_weight(weight[from]) ? weight[from] : 0.0f;
-            if (target != nullptr) target[from] = entry;
-        }
-        uint32_t here;
-        const int64_t at =
-            arrivals.count + block_rank<kMergeThreads>(share > 0.0f, shared.ranks, &here) - first;
-        if (share > 0.0f && at >= 0 && at < kMergeArrivals) {
-            shared.token[at] = from;
-            shared.weight[at] = share;
-        }
-        // Floats that are not negative order as their bits do.
-        highest = max(highest, __float_as_uint(share));
-        arrivals.count += here;
+    // The low half of best is the complement of the kept token; 0, nothing near, gives none.
+    const auto goes = [&](int64_t i) { return ~static_cast<uint32_t>(best[i]); };
+    int64_t position = 0;
+    uint32_t to = kGoesNowhere;
+    if (is_entry) {
+        if (item >= merge_count(params, row)) return;
+        to = static_cast<uint32_t>(workspace.kept[row * params.slots + item]);
+    } else {
+        position = item - params.slots;
+        if (position >= dropped_count) return;
+        to = goes(position);
     }
-    highest = block_reduce<kMergeThreads>(highest, shared.maxima,
-                                          [](uint32_t a, uint32_t b) { return max(a, b); });
-    arrivals.highest = __uint_as_float(highest);
-    return arrivals;
-}
-
-template <typename T, int kVector>
-__global__ void __launch_bounds__(kMergeThreads)
-    merge_rows_kernel(const __grid_constant__ MergeTokensParams params, int64_t chunks) {
-    auto& shared = *shared_memory<MergeShared>();
-    const int64_t chunk = blockIdx.x % chunks;
-    const int64_t slot = blockIdx.x / chunks % params.slots;
-    const int64_t row = blockIdx.x / chunks / params.slots;
-    const int64_t column = (chunk * kMergeThreads + threadIdx.x) * kVector;
-    const bool active = column < params.width;
-    T* out = static_cast<T*>(params.out) + (row * params.slots + slot) * params.width + column;
-
-    const MergeWorkspace workspace(params);
-    const int32_t count = merge_count(params, row);
-    const int64_t entry = slot - params.slot_of(0, count);
-    const int32_t token =
-        entry >= 0 && entry < count ? workspace.kept[row * params.slots + entry] : -1;
-    float sums[kVector] = {};
-    if (token < 0) {
-        if (active) store_floats<kVector>(out, sums);
-        return;
+    if (to == kGoesNowhere) return;
+    const ArrivalRank rank = rank_arrivals(dropped_count, to, position, goes);
+    if (threadIdx.x % kWarpThreads != 0) return;
+    if (is_entry) {
+        workspace.span[row * params.slots + item] = ListSpan{rank.less, rank.equal};
+    } else {
+        workspace.order[row * params.tokens + rank.less + rank.equal_before] =
+            workspace.dropped[row * params.tokens + position];
     }
-    const T* x = static_cast<const T*>(params.x) + row * params.x_row_stride + column;
-    int32_t* target =
-        params.target != nullptr && chunk == 0 ? params.target + row * params.tokens : nullptr;
-    const Arrivals arrivals =
-        find_arrivals(params, row, token, 0, target, static_cast<int32_t>(entry), shared);
-    if (arrivals.count == 0) {
-        if (active) copy_values<kVector>(out, x + token * params.x_token_stride);
-        return;
-    }
-
-    float total = 0.0f;
-    const auto add = [&](int32_t from, float share) {
-        total = __fadd_rn(total, share);
-        if (!active) return;
-        float values[kVector];
-        load_floats<kVector>(x + from * params.x_token_stride, values);
-        LIGHTVLM_UNROLL
-        for (int v = 0; v < kVector; ++v) {
-            sums[v] = __fadd_rn(sums[v], __fmul_rn(share, values[v]));
-        }
-    };
-    const float own = params.weight[row * params.weight_stride + token];
-    const float own_weight = is_weight(own) ? own : 0.0f;
-    const float scale = weight_scale(max(own_weight, arrivals.highest), arrivals.count + 1);
-    if (own_weight > 0.0f) add(token, own_weight * scale);
-    for (int64_t first = 0; first < arrivals.count; first += kMergeArrivals) {
-        if (first > 0) {
-            __syncthreads();  // the list before has been read
-            find_arrivals(params, row, token, first, nullptr, 0, shared);
-        }
-        const int64_t left = arrivals.count - first;
-        const int listed = static_cast<int>(left < kMergeArrivals ? left : kMergeArrivals);
-        for (int i = 0; i < listed; ++i) add(shared.token[i], shared.weight[i] * scale);
-    }
-    if (!active) return;
-    LIGHTVLM_UNROLL
-    for (float& sum : sums) sum = __fdiv_rn(sum, total);
-    store_floats<kVector>(out, sums);
 }
 
 }  // namespace lightvlm

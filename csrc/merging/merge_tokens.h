@@ -49,9 +49,9 @@ struct MergeTokensParams {
     }
 };
 
-// What the kernels need besides, in words of 64 bits: the layout is in merge_tokens.cuh.
+// What the kernels need besides, in words of 64 bits: the layout is in merge_prepare.cuh.
 constexpr int64_t merge_workspace_words(int64_t rows, int64_t tokens, int64_t slots) {
-    return rows * (tokens + (3 * tokens + slots + 2) / 2);
+    return rows * (3 * tokens + slots + (slots + 2) / 2);
 }
 
 Status merge_tokens_cpu(const MergeTokensParams& params);

@@ -196,9 +196,10 @@ struct Block {
 
 }  // namespace nearest_detail
 
-// nearest[d] gets the position in `kept` of the token most similar to dropped[d]. width > 0.
+// nearest[d] gets the position in `kept` of the token most similar to dropped[d], and best[d] their
+// product times the kept one's inverse length. width > 0.
 template <typename T>
-void find_nearest_kept(const NearestKept<T>& group, int32_t* nearest) {
+void find_nearest_kept(const NearestKept<T>& group, int32_t* nearest, float* best) {
     using namespace nearest_detail;
     const bool pairs = std::is_same_v<T, bfloat16_t> && has_bf16_products();
     const int64_t units = pairs ? (group.width + 1) / 2 : group.width;
@@ -210,8 +211,7 @@ void find_nearest_kept(const NearestKept<T>& group, int32_t* nearest) {
     const int64_t block_rows = (even + kTileRows - 1) / kTileRows * kTileRows;
     const int64_t row_blocks = (group.dropped_count + block_rows - 1) / block_rows;
 
-    std::vector<float> best(static_cast<size_t>(group.dropped_count),
-                            -std::numeric_limits<float>::infinity());
+    std::fill_n(best, group.dropped_count, -std::numeric_limits<float>::infinity());
     std::fill_n(nearest, group.dropped_count, 0);
     const int64_t most_columns = std::min(kBlockColumns, group.kept_count);
     const int64_t most_panels = (most_columns + kPanelColumns - 1) / kPanelColumns;
@@ -230,7 +230,7 @@ void find_nearest_kept(const NearestKept<T>& group, int32_t* nearest) {
                 block_rows * block.panel_count() * kPanelColumns);
             for (int64_t b = begin; b < end; ++b) {
                 block.search(b * block_rows, std::min((b + 1) * block_rows, group.dropped_count),
-                             rows.get(), products.get(), best.data(), nearest);
+                             rows.get(), products.get(), best, nearest);
             }
         });
     }

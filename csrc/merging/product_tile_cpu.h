@@ -115,8 +115,7 @@ LIGHTVLM_TARGET_AVX512 inline void multiply_avx512(const ProductTile& tile) {
     }
 }
 
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))) inline void
-multiply_avx512_bf16(const ProductTile& tile) {
+LIGHTVLM_TARGET_AVX512_BF16 inline void multiply_avx512_bf16(const ProductTile& tile) {
     __m512 sums[kTileRows][2];
     for (int r = 0; r < kTileRows; ++r) {
         for (int v = 0; v < 2; ++v) {
@@ -148,13 +147,7 @@ multiply_avx512_bf16(const ProductTile& tile) {
 
 // Whether this CPU multiplies bfloat16.
 inline bool has_bf16_products() {
-#if defined(__x86_64__)
-    static const bool has =
-        cpu_level() == CpuLevel::kAvx512 && __builtin_cpu_supports("avx512bf16");
-    return has;
-#else
-    return false;
-#endif
+    return cpu_level(CpuLevel::kAvx512Bf16) == CpuLevel::kAvx512Bf16;
 }
 
 // bf16: units are pairs of bfloat16; only where has_bf16_products().

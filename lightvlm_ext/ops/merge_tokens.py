@@ -95,7 +95,7 @@ def merge_tokens(
     target = torch.empty((rows, tokens), dtype=torch.int32, device=x.device) if return_target else None
     workspace = None
     if x.device.type == "cuda" or _library.is_emulated():
-        words = rows * (tokens + (3 * tokens + slots + 2) // 2)
+        words = rows * (3 * tokens + slots + (slots + 2) // 2)
         workspace = torch.empty((words,), dtype=torch.int64, device=x.device)
     _library.op("merge_tokens")(
         args.x,

@@ -5,24 +5,27 @@ Written to be read and to be right, not to be fast. They need no compiled librar
 
 from __future__ import annotations
 
-from .._types import Selection
+from .._types import MergedPairs, Selection
 from .compact_kv import compact_kv_
 from .decode_attention import decode_attention
 from .dequantize_kv import dequantize_kv
 from .gather_tokens import gather_tokens
 from .importance import importance
+from .merge_pairs import merge_pairs
 from .merge_tokens import merge_tokens
 from .quantize_kv import quantize_kv, quantize_kv_
 from .select import select
 from .select_diverse import select_diverse
 
 __all__ = [
+    "MergedPairs",
     "Selection",
     "compact_kv_",
     "decode_attention",
     "dequantize_kv",
     "gather_tokens",
     "importance",
+    "merge_pairs",
     "merge_tokens",
     "quantize_kv",
     "quantize_kv_",

@@ -60,7 +60,7 @@ def merge_tokens(
         kept = _kept_of(row, index, count, tokens)
         if not bool((args.weight[row].isfinite() & (args.weight[row] >= 0)).all()):
             raise ValueError(f"weight: row {row} must be finite and >= 0")
-        target[row] = _targets(_unit(args.metric[row]), kept, args.group[row])
+        target[row] = _targets(unit_vectors(args.metric[row]), kept, args.group[row])
         first = slots - len(kept) if args.right else 0
         out[row, first : first + len(kept)] = _merge(x[row], kept, target[row], args.weight[row].double())
     return (out, target) if return_target else out
@@ -78,13 +78,15 @@ def _kept_of(row: int, index: torch.Tensor, count: torch.Tensor, tokens: int) ->
     return kept
 
 
-def _unit(metric: torch.Tensor) -> torch.Tensor:
-    """Rows of length 1 in float64, or 0 for a zero vector and for one with NaN or infinity."""
+def unit_vectors(metric: torch.Tensor) -> torch.Tensor:
+    """Rows of length 1 in float64, or 0 for a zero vector (all values below 2^-126, the subnormals of float32) and
+    for one with NaN or infinity."""
     vectors = torch.where(metric.isfinite().all(dim=-1, keepdim=True), metric, 0).double()
+    if metric.shape[-1] == 0:
+        return vectors
     # The largest first: squares of a float64 overflow, too.
-    vectors = (
-        vectors / vectors.abs().amax(dim=-1, keepdim=True).clamp_min(5e-324) if metric.shape[-1] else vectors
-    )
+    largest = vectors.abs().amax(dim=-1, keepdim=True)
+    vectors = torch.where(largest >= 2.0**-126, vectors / largest, 0)
     length = vectors.norm(dim=-1, keepdim=True)
     return torch.where(length > 0, vectors / length, 0)
 
