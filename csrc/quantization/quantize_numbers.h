@@ -101,9 +101,10 @@ struct ValueToken {
 // low <= high, extremes over the channels.
 LIGHTVLM_HOST_DEVICE ValueToken value_token_of(float low, float high, float levels) {
     ValueToken token;
-    token.zero = half_below(low + 0.0f);  // of -0 and 0, the latter
+    // Of -0 and 0, the latter: which of them an extreme is may depend on the order of the channels.
+    token.zero = half_below(low + 0.0f);
     token.zero_value = to_float(token.zero);
-    token.scale = half_above((high - token.zero_value) * (1.0f / levels));
+    token.scale = half_above((high + 0.0f - token.zero_value) * (1.0f / levels));
     const float scale = to_float(token.scale);
     token.inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
     return token;

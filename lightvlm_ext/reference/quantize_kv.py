@@ -94,7 +94,7 @@ def _quantize_value(value: torch.Tensor, packed: PackedKV, row: int, block: int,
     channel = packed.value_channel[row, :, block].to(value)
 
     shared = value * (1 / channel)[:, None]
-    low, high = shared.amin(2) + 0.0, shared.amax(2)
+    low, high = shared.amin(2) + 0.0, shared.amax(2) + 0.0  # of -0 and 0, the latter
     zero = _to_half(low, up=False)
     scale = _to_half((high - zero.to(low)) * (1 / levels), up=True)
     packed.value_token[row, :, taken] = torch.stack([scale, zero], dim=-1)
