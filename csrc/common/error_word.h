@@ -24,7 +24,9 @@ enum ErrorBit : int32_t {
     kErrorMerge = 1 << 9,
     kErrorWindowRange = 1 << 10,
     kErrorNotFinite = 1 << 11,
-    kErrorLast = kErrorNotFinite,
+    kErrorPageRange = 1 << 12,
+    kErrorSharedPage = 1 << 13,
+    kErrorLast = kErrorSharedPage,
 };
 
 // What a set bit means: the argument at fault and the limit it broke.
@@ -54,6 +56,10 @@ constexpr const char* describe_error(int32_t bit) {
             return "window: an id is not below the columns of merge";
         case kErrorNotFinite:
             return "key, value: an entry is NaN or infinite";
+        case kErrorPageRange:
+            return "block_table: a page in use lies outside [0, pages)";
+        case kErrorSharedPage:
+            return "block_table: a row would write into a page that others share";
         default:
             return "unknown error";
     }
