@@ -1,7 +1,8 @@
 """The command line: parses arguments, runs a command, prints its result or one line that says what is wrong.
 
 A command is a module with ``add_arguments(parser)``, ``run(args) -> dict`` (what ``--json`` prints) and
-``show(result)`` (what is printed without). Only the module of the command that was asked for is imported.
+``show(result)`` (what is printed without); it may have ``exit_status(result) -> int``. Only the module of the command
+that was asked for is imported.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from . import __version__, bench
 COMMANDS = {
     "demo": "the reference VLM on held-out images: accuracy, tokens, bytes, time and pictures of what was kept",
     "generate": "answer a question about images with a model of transformers",
-    "bench": "measure ops, a decoder, or fidelity",
+    "bench": "measure ops, a decoder, or fidelity; compare two results",
     "methods": "the methods, where they come from, and their options",
     "doctor": "what is built, found and usable here, and what is missing",
 }
@@ -71,7 +72,7 @@ def _add_kinds(parser: argparse.ArgumentParser, common: argparse.ArgumentParser,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 on a usage error, 1 on any other."""
+    """Run the command line; returns the exit status: 0, 2 on a usage error, 1 on any other, or on bad news."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = build_parser(argv).parse_args(argv)
@@ -84,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             module.show(result)
         sys.stdout.flush()
+        status = getattr(module, "exit_status", None)
+        return status(result) if status is not None else 0
     except SystemExit as stop:  # argparse: --help, --version, a usage error
         return stop.code if isinstance(stop.code, int) else 1
     except BrokenPipeError:  # whoever read our output, `head` say, has enough
@@ -100,7 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"lightvlm: {one_line(error)}", file=sys.stderr)
         return 1
-    return 0
 
 
 def one_line(error: BaseException) -> str:

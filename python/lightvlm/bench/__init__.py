@@ -1,7 +1,8 @@
 """``lightvlm bench KIND``: one module of this package per kind, imported only when it is asked for.
 
-A kind's module has ``add_arguments(parser)`` and ``run(args) -> dict`` (the JSON object of ``lightvlm bench``), and
-may have ``table(result) -> rich.table.Table``; without one, :func:`show` prints the fields that every row has.
+A kind's module has ``add_arguments(parser)`` and ``run(args) -> dict`` (the JSON object of ``lightvlm bench``). It may
+have ``table(result) -> rich.table.Table``; without one, :func:`show` prints the fields that every row has. And it may
+have ``exit_status(result) -> int``, where a result can be bad news.
 The command line adds ``--json`` and ``--debug``. Bad values raise ValueError or TypeError naming the argument;
 progress goes to standard error.
 """
@@ -21,6 +22,7 @@ KINDS = {
     "ops": "each native op against the fastest other way to the same result",
     "decoder": "prefill of a decoder of real geometry, with a plan and without",
     "fidelity": "accuracy of the reference VLM under a method, over what is left of the work",
+    "compare": "two results of a benchmark: what got slower, what got faster",
 }
 """Kind -> what it measures. The name is also the module's."""
 
@@ -55,6 +57,12 @@ def show(result: dict[str, Any]) -> None:
     """Print a result as a table: the module's own, or one column for each field that all rows have."""
     own = getattr(load(result["kind"]), "table", None)
     print_table(own(result) if own is not None else _shared_columns(result))
+
+
+def exit_status(result: dict[str, Any]) -> int:
+    """The exit status that a result stands for: the module's own, or 0."""
+    own = getattr(load(result["kind"]), "exit_status", None)
+    return own(result) if own is not None else 0
 
 
 def _shared_columns(result: dict[str, Any]) -> Table:
