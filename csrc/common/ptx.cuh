@@ -2,6 +2,7 @@
 // emulation that keeps what may go wrong on the device visible (docs/emulation.md).
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "common/float16.cuh"
@@ -206,6 +207,59 @@ __device__ __forceinline__ uint32_t subtract_half_pair(uint32_t a, uint32_t b) {
     uint32_t pair;
     asm("sub.rn.f16x2 %0, %1, %2;\n" : "=r"(pair) : "r"(a), "r"(b));
     return pair;
+#endif
+}
+
+#ifdef LIGHTVLM_EMULATION
+namespace detail {
+
+struct LdmatrixPayload {
+    const void* row;
+    uint32_t* d;
+};
+
+inline void combine_ldmatrix(void* const payloads[emulation::kWarpLanes], unsigned) {
+    for (int lane = 0; lane < 32; ++lane) {
+        uint32_t* d = static_cast<const LdmatrixPayload*>(payloads[lane])->d;
+        for (int i = 0; i < 4; ++i) {
+            const auto* from = static_cast<const LdmatrixPayload*>(payloads[8 * i + lane / 4]);
+            d[i] = static_cast<const uint32_t*>(from->row)[lane % 4];
+        }
+    }
+}
+
+}  // namespace detail
+#endif
+
+// ldmatrix: four 8 x 8 matrices of 16-bit values out of shared memory. Lane 8 i + r hands in the
+// address of row r of matrix i (16 bytes, aligned to 16); afterwards d[i] of a lane holds, of
+// matrix i, row lane / 4, columns lane % 4 * 2 and the next.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], const void* row) {
+#ifdef LIGHTVLM_EMULATION
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
+        emulation::fail("ldmatrix_x4: address is not aligned to 16 bytes");
+    }
+    static constexpr emulation::WarpCollective kLoad{"ldmatrix_x4", detail::combine_ldmatrix};
+    detail::LdmatrixPayload payload{row, d};
+    emulation::warp_collective(kLoad, emulation::kFullMask, &payload, emulation::Site::current());
+#else
+    const auto address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(address)
+                 : "memory");
+#endif
+}
+
+// ex2.approx: 2^x with a relative error of 2^-22; subnormal results are 0 (exact in emulation).
+__device__ __forceinline__ float exp2_approximate(float x) {
+#ifdef LIGHTVLM_EMULATION
+    const float value = std::exp2(x);
+    return value < 0x1p-126f ? 0.0f : value;
+#else
+    float value;
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(value) : "f"(x));
+    return value;
 #endif
 }
 

@@ -219,6 +219,26 @@ __global__ void pairs_kernel(const half_t* in, uint32_t* transposed, float low, 
     converted[lane] = ptx::convert_pair<bfloat16_t>(to_float(from[0]), to_float(from[1]));
 }
 
+struct MatrixShared {
+    uint4 rows[32];
+};
+
+// One warp: four matrices of 8 x 8, the rows of each in reverse order.
+__global__ void ldmatrix_kernel(const uint4* in, uint32_t* out, int offset) {
+    auto* shared = shared_memory<MatrixShared>();
+    const int lane = static_cast<int>(threadIdx.x);
+    shared->rows[lane] = in[lane];
+    __syncwarp();
+    uint32_t d[4];
+    const int row = lane / 8 * 8 + 7 - lane % 8;
+    ptx::ldmatrix_x4(d, reinterpret_cast<const char*>(&shared->rows[row]) + offset);
+    for (int i = 0; i < 4; ++i) out[32 * i + lane] = d[i];
+}
+
+__global__ void exp2_kernel(const float* x, float* y) {
+    y[threadIdx.x] = ptx::exp2_approximate(x[threadIdx.x]);
+}
+
 struct NarrowCopyShared {
     uint2 wide[32];
     uint32_t narrow[32];
@@ -445,6 +465,15 @@ SELF_TEST run_pairs(const void* in, uint32_t* transposed, const float* subtracte
     return launch("pairs", pairs_kernel, dim3(1), dim3(32), 0, nullptr,
                   static_cast<const half_t*>(in), transposed, subtracted[0], subtracted[1],
                   difference, converted);
+}
+
+SELF_TEST run_ldmatrix(const void* in, uint32_t* out, int offset) {
+    return launch("ldmatrix", ldmatrix_kernel, dim3(1), dim3(32), sizeof(MatrixShared), nullptr,
+                  static_cast<const uint4*>(in), out, offset);
+}
+
+SELF_TEST run_exp2(const float* x, float* y, int count) {
+    return launch("exp2", exp2_kernel, dim3(1), dim3(count), 0, nullptr, x, y);
 }
 
 SELF_TEST run_narrow_copy(const void* in, void* out, uint32_t* narrow_out, int valid) {

@@ -238,6 +238,25 @@ def test_pairs_are_transposed_subtracted_and_converted(t: SelfTest) -> None:
     np.testing.assert_array_equal(converted, matrix.bfloat16().view(torch.uint16).numpy())
 
 
+def test_ldmatrix(t: SelfTest) -> None:
+    matrices = np.arange(4 * 8 * 8, dtype=np.uint16).reshape(4, 8, 8)
+    out = np.zeros((4, 32), np.uint32)
+    assert t.call("run_ldmatrix", matrices, out, 0) == 0, t.last_error()
+    # A lane holds two neighbours of a row: all 32 of them are the matrix, row by row.
+    np.testing.assert_array_equal(out.view(np.uint16).reshape(4, 8, 8), matrices[:, ::-1])
+    assert t.call("run_ldmatrix", matrices, out, 4) == LAUNCH_FAILURE
+    assert "ldmatrix_x4: address is not aligned" in t.last_error()
+
+
+def test_exp2(t: SelfTest) -> None:
+    x = np.array([0, 1, -3, 0.5, -125.5, -127, 127.5, 128, -np.inf, np.inf, np.nan], np.float32)
+    y = np.zeros_like(x)
+    assert t.call("run_exp2", x, y, x.size) == 0, t.last_error()
+    expected = np.exp2(x.astype(np.float64))
+    expected[5], expected[7] = 0, np.inf
+    np.testing.assert_allclose(y, expected, rtol=2**-22)
+
+
 @pytest.mark.parametrize("valid", [0, 5, 32])
 def test_narrow_copies(t: SelfTest, valid: int) -> None:
     data = np.arange(64, dtype=np.uint32).reshape(32, 2) + 1
