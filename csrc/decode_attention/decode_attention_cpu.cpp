@@ -14,6 +14,7 @@
 
 #include "common/parallel.h"
 #include "decode_attention/decode_attention.h"
+#include "decode_attention/decode_bf16_cpu.h"
 #include "decode_attention/decode_float_cpu.h"
 #include "decode_attention/decode_packed_cpu.h"
 #include "decode_attention/decode_span_cpu.h"
@@ -88,22 +89,36 @@ struct Part {
     float* span_highest;
 };
 
-void compute_scores(const Span& span, SpanScratch* scratch) {
+// The ways to a span's scores and values.
+enum class Way { kFloat, kPacked, kBf16 };
+
+Way choose_way(KVFormat format, DType dtype) {
 #if defined(__x86_64__)
-    if (is_packed(span.format) && !span.fine &&
-        cpu_level(CpuLevel::kAvx512Bf16) >= CpuLevel::kAvx512Vnni) {
-        return packed_scores(span, scratch);
+    const CpuLevel level = cpu_level(CpuLevel::kAvx512Bf16);
+    if (is_packed(format)) {
+        // What integers leave out would be too much beside fp32.
+        const bool fine = dtype == DType::kFloat32;
+        return level >= CpuLevel::kAvx512Vnni && !fine ? Way::kPacked : Way::kFloat;
     }
+    if (format == KVFormat::kBFloat16 && dtype == DType::kBFloat16) {
+        return level >= CpuLevel::kAvx512Bf16 ? Way::kBf16 : Way::kFloat;
+    }
+#endif
+    return Way::kFloat;
+}
+
+void compute_scores(Way way, const Span& span, SpanScratch* scratch) {
+#if defined(__x86_64__)
+    if (way == Way::kPacked) return packed_scores(span, scratch);
+    if (way == Way::kBf16) return bf16_scores(span, scratch);
 #endif
     multiversion<FloatScores>(&span, scratch);
 }
 
-void compute_values(const Span& span, const float* p, SpanScratch* scratch) {
+void compute_values(Way way, const Span& span, const float* p, SpanScratch* scratch) {
 #if defined(__x86_64__)
-    if (is_packed(span.format) && !span.fine &&
-        cpu_level(CpuLevel::kAvx512Bf16) >= CpuLevel::kAvx512Vnni) {
-        return packed_values(span, p, scratch);
-    }
+    if (way == Way::kPacked) return packed_values(span, p, scratch);
+    if (way == Way::kBf16) return bf16_values(span, p, scratch);
 #endif
     multiversion<FloatValues>(&span, p, scratch);
 }
@@ -195,7 +210,6 @@ class Decoder {
         span.head_dim = params_.head_dim;
         span.channels = layout_.channels;
         span.unit = params_.scale * kLog2E;
-        span.fine = params_.dtype == DType::kFloat32;
         const int64_t size = is_packed(segment.format) ? 1 : dense_bytes(segment.format);
         span.key_stride = segment.key_token_stride * size;
         span.value_stride = segment.value_token_stride * size;
@@ -257,11 +271,12 @@ class Decoder {
         SpanScratch scratch;
         load_query(b, kv * layout_.group + first, heads, scratch.query);
         Span span = make_span(segment, heads);
+        const Way way = choose_way(segment.format, params_.dtype);
         const bool keeps_weights = segment.mass != nullptr;
         for (int64_t begin = tokens.begin; begin < tokens.end;) {
             const int64_t end = span_end(segment, begin, tokens.end);
             set_tokens(segment, b, kv, {begin, end}, &span);
-            compute_scores(span, &scratch);
+            compute_scores(way, span, &scratch);
             multiversion<SpanSoftmax>(span.heads, span.tokens, scratch.scores, scratch.highest,
                                       scratch.sum);
             if (keeps_weights) {
@@ -274,7 +289,7 @@ class Decoder {
                         scratch.highest[h];
                 }
             }
-            compute_values(span, scratch.scores, &scratch);
+            compute_values(way, span, scratch.scores, &scratch);
             for (int64_t h = 0; h < heads; ++h) {
                 add_span(scratch, h, begin == tokens.begin, to.highest + first + h,
                          to.sum + first + h, to.out + (first + h) * layout_.channels);

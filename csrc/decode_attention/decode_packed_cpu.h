@@ -16,9 +16,11 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/float16.cuh"
 #include "common/multiversion.h"
+#include "decode_attention/decode_rows_cpu.h"
 #include "decode_attention/decode_span_cpu.h"
 
 #if defined(__x86_64__)
@@ -31,9 +33,6 @@
 
 namespace lightvlm::decode_detail {
 
-#define LIGHTVLM_VNNI LIGHTVLM_TARGET_AVX512_VNNI
-#define LIGHTVLM_VNNI_INLINE LIGHTVLM_TARGET_AVX512_VNNI LIGHTVLM_INLINE
-
 constexpr float kWeightMax = 32767.0f;
 // Weights that are all smaller count as 0; the reciprocal of what is left is a normal number.
 constexpr float kWeightMin = 1e-30f;
@@ -43,12 +42,12 @@ constexpr int kCodesPerWord = 16 / bits;
 
 // Code k of every word, for a k in [0, kCodesPerWord).
 template <int bits>
-LIGHTVLM_VNNI_INLINE __m512i code_of(__m512i words, int k, __m512i mask) {
+LIGHTVLM_TARGET_AVX512_VNNI LIGHTVLM_INLINE __m512i code_of(__m512i words, int k, __m512i mask) {
     return _mm512_and_si512(_mm512_srl_epi32(words, _mm_cvtsi32_si128(k * bits)), mask);
 }
 
 template <int bits>
-LIGHTVLM_VNNI_INLINE __m512i code_mask() {
+LIGHTVLM_TARGET_AVX512_VNNI LIGHTVLM_INLINE __m512i code_mask() {
     return _mm512_set1_epi16((1 << bits) - 1);
 }
 
@@ -59,7 +58,7 @@ struct Steps {
     float step;
 };
 
-LIGHTVLM_VNNI_INLINE Steps steps_of(float largest, float sum) {
+LIGHTVLM_TARGET_AVX512_VNNI LIGHTVLM_INLINE Steps steps_of(float largest, float sum) {
     if (!(largest >= kWeightMin)) return {0.0f, 0.0f * sum};
     return {kWeightMax / largest, largest / kWeightMax + 0.0f * sum};
 }
@@ -74,7 +73,8 @@ struct PackedQuery {
 };
 
 template <int bits>
-LIGHTVLM_VNNI void fold_query(const Span& span, const float* query, PackedQuery* folded) {
+LIGHTVLM_TARGET_AVX512_VNNI void fold_query(const Span& span, const float* query,
+                                            PackedQuery* folded) {
     constexpr int kCodes = kCodesPerWord<bits>;
     for (int h = 0; h < span.heads; ++h) {
         const float* q = query + h * kMaxChannels;
@@ -113,39 +113,10 @@ LIGHTVLM_VNNI void fold_query(const Span& span, const float* query, PackedQuery*
     }
 }
 
-// 16 tokens' rows to dwords[j * 32 + token]; row_bytes is a multiple of 8. Rows from `count` on
-// repeat the last.
-LIGHTVLM_VNNI_INLINE void transpose_rows(const char* rows, int64_t stride, int count,
-                                         int64_t row_bytes, uint32_t* dwords) {
-    const char* row[16];
-    for (int n = 0; n < 16; ++n) row[n] = rows + (n < count ? n : count - 1) * stride;
-    for (int64_t at = 0; at < row_bytes; at += 16) {
-        // Lane L of rows[i] gets row i + 4 L.
-        const __mmask8 some = row_bytes - at >= 16 ? 0xf : 0x3;
-        __m512i four[4];
-        for (int i = 0; i < 4; ++i) {
-            four[i] = _mm512_castsi128_si512(_mm_maskz_loadu_epi32(some, row[i] + at));
-            four[i] = _mm512_inserti32x4(four[i], _mm_maskz_loadu_epi32(some, row[i + 4] + at), 1);
-            four[i] = _mm512_inserti32x4(four[i], _mm_maskz_loadu_epi32(some, row[i + 8] + at), 2);
-            four[i] = _mm512_inserti32x4(four[i], _mm_maskz_loadu_epi32(some, row[i + 12] + at), 3);
-        }
-        const __m512i low01 = _mm512_unpacklo_epi32(four[0], four[1]);
-        const __m512i high01 = _mm512_unpackhi_epi32(four[0], four[1]);
-        const __m512i low23 = _mm512_unpacklo_epi32(four[2], four[3]);
-        const __m512i high23 = _mm512_unpackhi_epi32(four[2], four[3]);
-        uint32_t* to = dwords + at / 4 * 32;
-        _mm512_store_si512(to, _mm512_unpacklo_epi64(low01, low23));
-        _mm512_store_si512(to + 32, _mm512_unpackhi_epi64(low01, low23));
-        if (some == 0x3) continue;
-        _mm512_store_si512(to + 64, _mm512_unpacklo_epi64(high01, high23));
-        _mm512_store_si512(to + 96, _mm512_unpackhi_epi64(high01, high23));
-    }
-}
-
 // 32 tokens against kHeads heads.
 template <int bits, int kHeads>
-LIGHTVLM_VNNI void score_tokens(const uint32_t* dwords, const PackedQuery& query, int64_t count,
-                                float* scores) {
+LIGHTVLM_TARGET_AVX512_VNNI void score_tokens(const uint32_t* dwords, const PackedQuery& query,
+                                              int64_t count, float* scores) {
     constexpr int kCodes = kCodesPerWord<bits>;
     const __m512i mask = code_mask<bits>();
     __m512i sums[kHeads][2];
@@ -177,8 +148,8 @@ LIGHTVLM_VNNI void score_tokens(const uint32_t* dwords, const PackedQuery& query
 }
 
 template <int bits, int kHeads>
-LIGHTVLM_VNNI void score_span(const Span& span, const PackedQuery& query, uint32_t* dwords,
-                              float* scores) {
+LIGHTVLM_TARGET_AVX512_VNNI void score_span(const Span& span, const PackedQuery& query,
+                                            uint32_t* dwords, float* scores) {
     const int64_t row_bytes = span.channels * bits / 8;
     for (int n = 0; n < span.tokens; n += 32) {
         for (int half = 0; half < 32; half += 16) {
@@ -200,7 +171,8 @@ struct PackedWeights {
     float zero[kHeadTile];
 };
 
-LIGHTVLM_VNNI inline void weigh_tokens(const Span& span, const float* p, PackedWeights* weights) {
+LIGHTVLM_TARGET_AVX512_VNNI inline void weigh_tokens(const Span& span, const float* p,
+                                                     PackedWeights* weights) {
     alignas(64) float scale[kSpanTokens];
     alignas(64) float zero[kSpanTokens];
     const int padded = (span.tokens + 31) / 32 * 32;
@@ -247,27 +219,10 @@ LIGHTVLM_VNNI inline void weigh_tokens(const Span& span, const float* p, PackedW
     }
 }
 
-// Words [16 c, 16 c + 16) of two tokens side by side, for all pairs of tokens; words past the row
-// are 0.
-LIGHTVLM_VNNI_INLINE void pair_rows(const Span& span, int64_t row_bytes, int64_t c,
-                                    __m512i* pairs) {
-    const int64_t words = row_bytes / 2 - 16 * c;
-    const __mmask16 some = words >= 16 ? 0xffff : (1 << words) - 1;
-    const char* row = span.value + 32 * c;
-    for (int n = 0; n < span.tokens; n += 2) {
-        const __m256i even = _mm256_maskz_loadu_epi16(some, row + n * span.value_stride);
-        // A token that is not there has a weight of 0.
-        const int next = n + 1 < span.tokens ? n + 1 : n;
-        const __m256i odd = _mm256_maskz_loadu_epi16(some, row + next * span.value_stride);
-        pairs[n / 2] = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
-                                       _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-    }
-}
-
 // Codes first and first + 1 of every word: sums[h * kCodes * 16 + k * 16 + lane].
 template <int bits, int kHeads>
-LIGHTVLM_VNNI void sum_codes(const __m512i* pairs, int count, const int16_t* weight, int first,
-                             float* sums) {
+LIGHTVLM_TARGET_AVX512_VNNI void sum_codes(const __m512i* pairs, int count, const int16_t* weight,
+                                           int first, float* sums) {
     constexpr int kCodes = kCodesPerWord<bits>;
     const __m512i mask = code_mask<bits>();
     const __m128i shift = _mm_cvtsi32_si128(first * bits);
@@ -295,7 +250,7 @@ LIGHTVLM_VNNI void sum_codes(const __m512i* pairs, int count, const int16_t* wei
 
 // in[k * 16 + lane] to out[lane * kCodes + k]
 template <int kCodes>
-LIGHTVLM_VNNI_INLINE void interleave(const float* in, float* out) {
+LIGHTVLM_TARGET_AVX512_VNNI LIGHTVLM_INLINE void interleave(const float* in, float* out) {
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     __m512 x[kCodes];
@@ -313,8 +268,8 @@ LIGHTVLM_VNNI_INLINE void interleave(const float* in, float* out) {
 }
 
 template <int bits, int kHeads>
-LIGHTVLM_VNNI void value_span(const Span& span, const PackedWeights& weights, __m512i* pairs,
-                              float* out) {
+LIGHTVLM_TARGET_AVX512_VNNI void value_span(const Span& span, const PackedWeights& weights,
+                                            __m512i* pairs, float* out) {
     constexpr int kCodes = kCodesPerWord<bits>;
     const int64_t row_bytes = span.channels * bits / 8;
     alignas(64) float sums[kHeads * kCodes * 16];
@@ -337,28 +292,6 @@ LIGHTVLM_VNNI void value_span(const Span& span, const PackedWeights& weights, __
                 _mm512_storeu_ps(out + h * kMaxChannels + d, _mm512_mul_ps(x, channel));
             }
         }
-    }
-}
-
-template <typename Fn>
-LIGHTVLM_INLINE void dispatch_heads(int heads, const Fn& fn) {
-    switch (heads) {
-        case 1:
-            return fn(std::integral_constant<int, 1>{});
-        case 2:
-            return fn(std::integral_constant<int, 2>{});
-        case 3:
-            return fn(std::integral_constant<int, 3>{});
-        case 4:
-            return fn(std::integral_constant<int, 4>{});
-        case 5:
-            return fn(std::integral_constant<int, 5>{});
-        case 6:
-            return fn(std::integral_constant<int, 6>{});
-        case 7:
-            return fn(std::integral_constant<int, 7>{});
-        default:
-            return fn(std::integral_constant<int, 8>{});
     }
 }
 
@@ -406,9 +339,6 @@ inline void packed_values(const Span& span, const float* p, SpanScratch* scratch
         });
     });
 }
-
-#undef LIGHTVLM_VNNI
-#undef LIGHTVLM_VNNI_INLINE
 
 }  // namespace lightvlm::decode_detail
 

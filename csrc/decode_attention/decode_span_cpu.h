@@ -31,7 +31,6 @@ struct Span {
     int64_t head_dim;
     int64_t channels;  // head_dim rounded up to kPackedChannelMultiple
     float unit;
-    bool fine;  // fp32 queries: nothing between them and the result may be rounded to 16 bits
 
     // Of the first token; strides in bytes.
     const char* key;

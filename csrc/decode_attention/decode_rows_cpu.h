@@ -1,0 +1,94 @@
+// Rows of a span as the dot-product instructions of AVX-512 want them, which add up the numbers of
+// a dword: bytes or words of one token for scores, the same word of two tokens for values.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/multiversion.h"
+#include "decode_attention/decode_span_cpu.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+// GCC takes its own _mm512_undefined for a mistake (its bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
+namespace lightvlm::decode_detail {
+
+// 16 tokens' rows to dwords[j * 32 + token]; row_bytes is a multiple of 8. Rows from `count` on
+// repeat the last.
+LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void transpose_rows(const char* rows, int64_t stride,
+                                                           int count, int64_t row_bytes,
+                                                           uint32_t* dwords) {
+    const char* row[16];
+    for (int n = 0; n < 16; ++n) row[n] = rows + (n < count ? n : count - 1) * stride;
+    for (int64_t at = 0; at < row_bytes; at += 16) {
+        // Lane L of rows[i] gets row i + 4 L.
+        const __mmask8 some = row_bytes - at >= 16 ? 0xf : 0x3;
+        __m512i four[4];
+        for (int i = 0; i < 4; ++i) {
+            four[i] = _mm512_castsi128_si512(_mm_maskz_loadu_epi32(some, row[i] + at));
+            four[i] = _mm512_inserti32x4(four[i], _mm_maskz_loadu_epi32(some, row[i + 4] + at), 1);
+            four[i] = _mm512_inserti32x4(four[i], _mm_maskz_loadu_epi32(some, row[i + 8] + at), 2);
+            four[i] = _mm512_inserti32x4(four[i], _mm_maskz_loadu_epi32(some, row[i + 12] + at), 3);
+        }
+        const __m512i low01 = _mm512_unpacklo_epi32(four[0], four[1]);
+        const __m512i high01 = _mm512_unpackhi_epi32(four[0], four[1]);
+        const __m512i low23 = _mm512_unpacklo_epi32(four[2], four[3]);
+        const __m512i high23 = _mm512_unpackhi_epi32(four[2], four[3]);
+        uint32_t* to = dwords + at / 4 * 32;
+        _mm512_store_si512(to, _mm512_unpacklo_epi64(low01, low23));
+        _mm512_store_si512(to + 32, _mm512_unpackhi_epi64(low01, low23));
+        if (some == 0x3) continue;
+        _mm512_store_si512(to + 64, _mm512_unpacklo_epi64(high01, high23));
+        _mm512_store_si512(to + 96, _mm512_unpackhi_epi64(high01, high23));
+    }
+}
+
+// Words [16 c, 16 c + 16) of two tokens side by side, for all pairs of tokens; words past
+// the row and a token past the last are 0.
+LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void pair_rows(const Span& span, int64_t row_bytes,
+                                                      int64_t c, __m512i* pairs) {
+    const int64_t words = row_bytes / 2 - 16 * c;
+    const __mmask16 some = words >= 16 ? 0xffff : words <= 0 ? 0 : (1 << words) - 1;
+    const char* row = span.value + 32 * c;
+    for (int n = 0; n < span.tokens; n += 2) {
+        const __m256i even = _mm256_maskz_loadu_epi16(some, row + n * span.value_stride);
+        const __m256i odd = _mm256_maskz_loadu_epi16(n + 1 < span.tokens ? some : 0,
+                                                     row + (n + 1) * span.value_stride);
+        pairs[n / 2] = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                                       _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+    }
+}
+
+// fn(a constant of the number of heads)
+template <typename Fn>
+LIGHTVLM_INLINE void dispatch_heads(int heads, const Fn& fn) {
+    switch (heads) {
+        case 1:
+            return fn(std::integral_constant<int, 1>{});
+        case 2:
+            return fn(std::integral_constant<int, 2>{});
+        case 3:
+            return fn(std::integral_constant<int, 3>{});
+        case 4:
+            return fn(std::integral_constant<int, 4>{});
+        case 5:
+            return fn(std::integral_constant<int, 5>{});
+        case 6:
+            return fn(std::integral_constant<int, 6>{});
+        case 7:
+            return fn(std::integral_constant<int, 7>{});
+        default:
+            return fn(std::integral_constant<int, 8>{});
+    }
+}
+
+}  // namespace lightvlm::decode_detail
+
+#pragma GCC diagnostic pop
+
+#endif
