@@ -4,23 +4,27 @@
 //           candidate with the highest worth * (1 - strength * nearest), where nearest is its
 //           largest cosine to a chosen token, at least 0 (diverse_value.h); ties to the lower
 //           index.
-// Lazy      nearest only grows, so a value that has not seen the latest choices is an upper bound.
-//           A round compares the tops of all warps; if the highest has seen all choices it is
-//           chosen, else each warp whose top may still win brings that one token up to date. Most
-//           tokens are never compared with most choices, and the result is that of comparing all.
-// Owner     One block owns one row. Of a segment, tile t of 32 tokens belongs to warp t mod warps;
-//           the warp computes its tokens' cosines, lanes striding over the channels.
-// Exact     A cosine is summed in one order whatever the block size, and is never an input of
-//           another sum: the choice does not depend on the batch or on scheduling.
-// Shared    Under 1 KiB: the tops of the warps. The state of the tokens is in the workspace (L2).
-// Bound     Latency: about 2 us a choice plus the cosines, at most budget * tokens * channels
-//           products; features are read through L1/L2.
+// Rounds    nearest only grows, so a value that has not seen the latest choices is an upper bound.
+//           A round takes the kPool tokens with the highest bounds (diverse_pool.cuh), compares
+//           them with the choices they have not seen and with each other, and then chooses among
+//           them, one by one, as long as the best of them exceeds every bound outside: some 10 to
+//           60 choices a round, the same that comparing all with all would make.
+// Owner     One block owns one row. A warp owns 16 tokens of the pool and half the columns of a
+//           tile of mma.m16n8k16 (fp32 accumulation; fp32 features in two fp16 terms and three
+//           products, diverse_features.cuh). Warp 0 chooses, kPool / 32 tokens a lane.
+// Exact     Sums depend on neither batch, block size of another row nor scheduling; atomics are
+//           maxima and counts.
+// Shared    Under 99 KiB: the pool as fp16 (34 KiB), a tile of 64 choices, and in its place later
+//           the pool's products with itself, bounds of up to 6,144 tokens (else in the workspace).
+// Bound     Latency of the rounds and tensor cores of one SM: about 0.2 to 0.7 * budget * tokens *
+//           channels multiplications (docs/kernels/select_diverse.md).
 #pragma once
 
+#include <climits>
 #include <cmath>
 
-#include "common/float16.cuh"
-#include "selection/diverse_value.h"
+#include "selection/diverse_features.cuh"
+#include "selection/diverse_pool.cuh"
 #include "selection/rows.cuh"
 #include "selection/select_diverse.h"
 
@@ -28,7 +32,7 @@ namespace lightvlm {
 
 // The workspace of one row.
 struct DiverseState {
-    float* value;         // [tokens], -inf: not to be chosen (any more)
+    uint32_t* keys;       // [tokens], score_key(value as far as known); kKeyNone: not free
     float* nearest;       // [tokens]
     float* scale;         // [tokens], see diverse_scale(); 0: resembles nothing
     float* inverse_norm;  // [tokens], of the scaled vector
@@ -36,7 +40,7 @@ struct DiverseState {
     int32_t* chosen;      // [tokens], the segment's choices in their order
 
     __device__ DiverseState(int32_t* words, int64_t tokens)
-        : value(reinterpret_cast<float*>(words)),
+        : keys(reinterpret_cast<uint32_t*>(words)),
           nearest(reinterpret_cast<float*>(words + tokens)),
           scale(reinterpret_cast<float*>(words + 2 * tokens)),
           inverse_norm(reinterpret_cast<float*>(words + 3 * tokens)),
@@ -44,199 +48,397 @@ struct DiverseState {
           chosen(words + 5 * tokens) {}
 };
 
-template <int kThreads>
+constexpr int kDiverseTile = 64;            // choices that the pool is compared with at a time
+constexpr int kDiverseSharedTokens = 6144;  // whose bounds fit into shared memory
+
+// Products of the pool's tokens a > b, at a (a - 1) / 2 + b.
+__device__ __forceinline__ int pair_place(int a, int b) {
+    return a > b ? a * (a - 1) / 2 + b : b * (b - 1) / 2 + a;
+}
+
+template <int kPool, int kTerms>
 struct SelectDiverseShared {
+    static constexpr int kThreads = 4 * kPool;
+    DiverseOperand<kTerms, kPool> pool;
+    union {
+        DiverseOperand<kTerms, kDiverseTile> tile;
+        float cosines[kPool * (kPool - 1) / 2];
+    };
     RowScratch<kThreads> row;
-    unsigned long long tops[kThreads / kWarpThreads];
-    uint32_t top_seen_all[kThreads / kWarpThreads];
+    PoolShared<kThreads, kPool> choice;
+    // Of the tokens of the pool.
+    float worth[kPool];
+    float scale[kPool];
+    float inverse_norm[kPool];
+    uint32_t nearest[kPool];  // bits of a float >= 0, which order as integers
+    int32_t seen[kPool];
+    float tile_inverse_norm[2][kDiverseTile];  // two tiles take turns
+    int32_t taken;                             // in the latest round
+    uint32_t keys[kDiverseSharedTokens];
 };
 
-template <typename T>
-struct DiverseFeatures {
-    const T* data;
-    int64_t token_stride;
-    int64_t channels;
+// One row, one segment at a time.
+template <int kPool, typename T>
+struct DiverseBlock {
+    static constexpr int kTerms = kDiverseTerms<T>;
+    static constexpr int kThreads = 4 * kPool;
+    static constexpr int kRowGroups = kPool / 16;
+    static constexpr int kSteps = kDiverseChunk / 16;     // of mma in a chunk
+    static constexpr int kBlocks = kDiverseTile / 8 / 2;  // of 8 columns that a warp owns
+    static constexpr int kGroups = kDiverseChunk / kDiverseGroup;
+    using Shared = SelectDiverseShared<kPool, kTerms>;
 
-    __device__ __forceinline__ const T* token(int64_t i) const { return data + i * token_stride; }
-};
+    const SelectDiverseParams& params;
+    const DiverseFeatures<T>& features;
+    const DiverseState& state;
+    Shared& shared;
+    uint32_t* keys;  // in shared memory or in the workspace
+    int32_t choices;
 
-// Orders by value, then by lower index; 0: no token.
-__device__ __forceinline__ unsigned long long choice_key(float value, int64_t i) {
-    if (value == -INFINITY) return 0;
-    return static_cast<unsigned long long>(score_key(value)) << 32 |
-           (0xffffffffu - static_cast<uint32_t>(i));
-}
+    // Fragments of this warp's 16 tokens of the pool.
+    struct Own {
+        uint32_t a[kTerms][kSteps][4];
+    };
 
-__device__ __forceinline__ int64_t choice_token(unsigned long long key) {
-    return 0xffffffffu - static_cast<uint32_t>(key);
-}
-
-__device__ __forceinline__ float warp_sum(float value) {
-    for (int step = kWarpThreads / 2; step > 0; step /= 2) {
-        value += __shfl_xor_sync(kFullWarp, value, step);
+    __device__ __forceinline__ int row_group() const {
+        return static_cast<int>(threadIdx.x) / kWarpThreads % kRowGroups;
     }
-    return value;
-}
+    __device__ __forceinline__ int column_half() const {
+        return static_cast<int>(threadIdx.x) / kWarpThreads / kRowGroups;
+    }
 
-// Scales and norms of a row's tokens, a warp a token.
-template <int kThreads, typename T>
-__device__ void measure_features(const DiverseFeatures<T>& features, const DiverseState& state,
-                                 int64_t tokens) {
-    const int lane = threadIdx.x % kWarpThreads;
-    for (int64_t i = threadIdx.x / kWarpThreads; i < tokens; i += kThreads / kWarpThreads) {
-        const T* x = features.token(i);
-        uint32_t largest = 0;  // as bits, where NaN is above infinity
-        for (int64_t c = lane; c < features.channels; c += kWarpThreads) {
-            const uint32_t bits = __float_as_uint(to_float(x[c])) & 0x7fffffffu;
-            largest = bits > largest ? bits : largest;
+    __device__ void stage_pool(int size, int64_t c) {
+        LIGHTVLM_UNROLL
+        for (int unit = threadIdx.x; unit < kPool * kGroups; unit += kThreads) {
+            const int row = unit / kGroups;
+            const int channel = unit % kGroups * kDiverseGroup;
+            float x[kDiverseGroup] = {};
+            if (row < size) features.load(shared.choice.token[row], c + channel, x);
+            shared.pool.store(row, channel, x, row < size ? shared.scale[row] : 0.0f);
         }
-        for (int step = kWarpThreads / 2; step > 0; step /= 2) {
-            const uint32_t other = __shfl_xor_sync(kFullWarp, largest, step);
-            largest = other > largest ? other : largest;
+    }
+
+    __device__ void stage_tile(int32_t first, int64_t c, float* inverse_norm) {
+        for (int unit = threadIdx.x; unit < kDiverseTile * kGroups; unit += kThreads) {
+            const int row = unit / kGroups;
+            const int channel = unit % kGroups * kDiverseGroup;
+            float x[kDiverseGroup] = {};
+            float scale = 0.0f;
+            if (first + row < choices) {
+                const int32_t token = state.chosen[first + row];
+                scale = state.scale[token];
+                features.load(token, c + channel, x);
+                if (channel == 0) inverse_norm[row] = state.inverse_norm[token];
+            }
+            shared.tile.store(row, channel, x, scale);
         }
-        const float scale = diverse_scale(__uint_as_float(largest));
-        float squares = 0.0f;
-        if (scale > 0.0f) {
-            for (int64_t c = lane; c < features.channels; c += kWarpThreads) {
-                const float scaled = to_float(x[c]) * scale;
-                squares += scaled * scaled;
+    }
+
+    __device__ __forceinline__ void load_own(Own& own) const {
+        const int row = row_group() * 16 + threadIdx.x % kWarpThreads / 4;
+        const int pair = threadIdx.x % 4 * 2;
+        LIGHTVLM_UNROLL
+        for (int t = 0; t < kTerms; ++t) {
+            LIGHTVLM_UNROLL
+            for (int k = 0; k < kSteps; ++k) {
+                LIGHTVLM_UNROLL
+                for (int part = 0; part < 4; ++part) {
+                    own.a[t][k][part] =
+                        shared.pool.pair(t, row + part % 2 * 8, k * 16 + part / 2 * 8 + pair);
+                }
             }
         }
-        squares = warp_sum(squares);
-        if (lane == 0) {
-            state.scale[i] = scale;
-            state.inverse_norm[i] = scale > 0.0f ? 1.0f / sqrtf(squares) : 0.0f;
-        }
     }
-}
 
-// Compares token i with the choices it has not seen; by one whole warp.
-template <typename T>
-__device__ void catch_up(const DiverseFeatures<T>& features, const DiverseState& state, int64_t i,
-                         int32_t choices, float worth, float strength) {
-    const int lane = threadIdx.x % kWarpThreads;
-    const T* x = features.token(i);
-    const float scale = state.scale[i];
-    float nearest = state.nearest[i];
-    for (int32_t choice = scale > 0.0f ? state.seen[i] : choices; choice < choices; ++choice) {
-        const int64_t j = state.chosen[choice];
-        const float other_scale = state.scale[j];
-        if (other_scale == 0.0f) continue;
-        const T* y = features.token(j);
-        float product = 0.0f;
-        for (int64_t c = lane; c < features.channels; c += kWarpThreads) {
-            product += (to_float(x[c]) * scale) * (to_float(y[c]) * other_scale);
+    // sums[b] += own tokens x the 8 rows of `columns` from first + 8 b on, over one chunk.
+    template <int kRows>
+    __device__ __forceinline__ void multiply(const Own& own,
+                                             const DiverseOperand<kTerms, kRows>& columns,
+                                             int first, float (&sums)[kTerms][kBlocks][4]) const {
+        const int row = first + threadIdx.x % kWarpThreads / 4;
+        const int pair = threadIdx.x % 4 * 2;
+        LIGHTVLM_UNROLL
+        for (int k = 0; k < kSteps; ++k) {
+            LIGHTVLM_UNROLL
+            for (int block = 0; block < kBlocks; ++block) {
+                uint32_t b[kTerms][2];
+                LIGHTVLM_UNROLL
+                for (int t = 0; t < kTerms; ++t) {
+                    b[t][0] = columns.pair(t, row + 8 * block, k * 16 + pair);
+                    b[t][1] = columns.pair(t, row + 8 * block, k * 16 + 8 + pair);
+                }
+                ptx::mma_m16n8k16<half_t>(sums[0][block], own.a[0][k], b[0]);
+                if constexpr (kTerms == 2) {
+                    ptx::mma_m16n8k16<half_t>(sums[1][block], own.a[0][k], b[1]);
+                    ptx::mma_m16n8k16<half_t>(sums[1][block], own.a[1][k], b[0]);
+                }
+            }
         }
-        const float cosine = warp_sum(product) * (state.inverse_norm[i] * state.inverse_norm[j]);
-        nearest = cosine > nearest ? cosine : nearest;
     }
-    __syncwarp();
-    if (lane == 0) {
-        state.nearest[i] = nearest;
-        state.seen[i] = choices;
-        state.value[i] = diverse_value(worth, strength, nearest);
-    }
-}
 
-// What the warp's tokens hold best.
-template <int kThreads>
-__device__ unsigned long long warp_top(const SelectionRow& row, const DiverseState& state) {
-    unsigned long long top = 0;
-    for (int64_t i = row.begin + threadIdx.x; i < row.end; i += kThreads) {
-        if (!row.in_segment(i)) continue;
-        const unsigned long long key = choice_key(state.value[i], i);
-        top = key > top ? key : top;
+    __device__ __forceinline__ static float product(const float (&sums)[kTerms][kBlocks][4],
+                                                    int block, int i) {
+        if constexpr (kTerms == 2) {
+            return sums[0][block][i] + sums[1][block][i] * (1.0f / kDiverseLow);
+        } else {
+            return sums[0][block][i];
+        }
     }
-    for (int step = kWarpThreads / 2; step > 0; step /= 2) {
-        const unsigned long long other = __shfl_xor_sync(kFullWarp, top, step);
-        top = other > top ? other : top;
+
+    // What the pool's tokens are; the pool is in shared.choice. Returns the first choice that one
+    // of them has not seen.
+    __device__ int32_t load_pool(const SelectionRow& row, int size) {
+        int32_t first = INT_MAX;
+        for (int slot = threadIdx.x; slot < kPool; slot += kThreads) {
+            shared.scale[slot] = 0.0f;
+            shared.inverse_norm[slot] = 0.0f;
+            shared.nearest[slot] = 0;
+            shared.seen[slot] = choices;
+            if (slot >= size) continue;
+            const int32_t i = shared.choice.token[slot];
+            const float worth = diverse_worth(row.scores[i]);
+            const float scale = state.scale[i];
+            shared.worth[slot] = worth;
+            shared.scale[slot] = scale;
+            shared.inverse_norm[slot] = state.inverse_norm[i];
+            shared.nearest[slot] = __float_as_uint(state.nearest[i]);
+            // Nothing times any similarity is nothing, and a zero vector resembles nothing.
+            if (worth == 0.0f || scale == 0.0f) continue;
+            first = state.seen[i];
+            shared.seen[slot] = first;
+        }
+        return block_reduce<kThreads>(first, reinterpret_cast<int32_t*>(shared.row.words),
+                                      [](int32_t a, int32_t b) { return a < b ? a : b; });
     }
-    return top;
-}
 
-// The best token that has seen all choices, as a key; 0: the segment has no candidate left.
-template <int kThreads, typename T>
-__device__ unsigned long long next_choice(const SelectDiverseParams& params,
-                                          const SelectionRow& row, const DiverseState& state,
-                                          const DiverseFeatures<T>& features, int32_t choices,
-                                          SelectDiverseShared<kThreads>& shared) {
-    constexpr int kWarps = kThreads / kWarpThreads;
-    const int warp = threadIdx.x / kWarpThreads;
-    while (true) {
-        const unsigned long long own = warp_top<kThreads>(row, state);
-        const int64_t i = choice_token(own);
-        float worth = 0.0f;
-        bool seen_all = true;
-        if (own != 0) {
-            worth = diverse_worth(row.scores[i]);
-            // Nothing times any similarity is nothing.
-            seen_all = worth == 0.0f || state.seen[i] == choices;
+    // Compares the pool with the choices from `first` on.
+    __device__ void compare_with_choices(Own& own, int size, int32_t first) {
+        const int lane = threadIdx.x % kWarpThreads;
+        const int64_t channels = features.channels;
+        const int columns = column_half() * kBlocks * 8;
+        int32_t unseen = choices;  // the first choice that one of the own tokens has not seen
+        for (int r = 0; r < 16; ++r) {
+            const int32_t seen = shared.seen[row_group() * 16 + r];
+            unseen = seen < unseen ? seen : unseen;
         }
-        if (threadIdx.x % kWarpThreads == 0) {
-            shared.tops[warp] = own;
-            shared.top_seen_all[warp] = seen_all;
+        for (int32_t tile = first; tile < choices; tile += kDiverseTile) {
+            const bool needed = unseen < tile + kDiverseTile && tile + columns < choices;
+            // While a warp still reads these, another may be staging the next tile.
+            float* inverse_norm = shared.tile_inverse_norm[(tile - first) / kDiverseTile % 2];
+            float sums[kTerms][kBlocks][4] = {};
+            for (int64_t c = 0; c < channels; c += kDiverseChunk) {
+                if (channels > kDiverseChunk) stage_pool(size, c);
+                stage_tile(tile, c, inverse_norm);
+                __syncthreads();
+                if (channels > kDiverseChunk) load_own(own);
+                if (needed) multiply(own, shared.tile, columns, sums);
+                __syncthreads();
+            }
+            if (!needed) continue;
+            LIGHTVLM_UNROLL
+            for (int part = 0; part < 2; ++part) {
+                const int slot = row_group() * 16 + lane / 4 + part * 8;
+                float nearest = 0.0f;
+                LIGHTVLM_UNROLL
+                for (int block = 0; block < kBlocks; ++block) {
+                    LIGHTVLM_UNROLL
+                    for (int i = 0; i < 2; ++i) {
+                        const int column = columns + block * 8 + lane % 4 * 2 + i;
+                        if (tile + column >= choices) continue;
+                        const float cosine = product(sums, block, part * 2 + i) *
+                                             (shared.inverse_norm[slot] * inverse_norm[column]);
+                        nearest = cosine > nearest ? cosine : nearest;
+                    }
+                }
+                for (int step = 1; step < 4; step *= 2) {
+                    const float other = __shfl_xor_sync(kFullWarp, nearest, step);
+                    nearest = other > nearest ? other : nearest;
+                }
+                if (lane % 4 == 0) atomicMax(&shared.nearest[slot], __float_as_uint(nearest));
+            }
         }
-        __syncthreads();
-        unsigned long long best = 0;
-        unsigned long long best_seen_all = 0;
-        for (int w = 0; w < kWarps; ++w) {
-            const unsigned long long top = shared.tops[w];
-            best = top > best ? top : best;
-            if (shared.top_seen_all[w] && top > best_seen_all) best_seen_all = top;
-        }
-        if (best == best_seen_all) return best;
-        if (!seen_all && own > best_seen_all) {
-            catch_up(features, state, i, choices, worth, params.strength);
-        }
-        __syncthreads();
     }
-}
 
-template <int kThreads, typename T>
-__global__ void __launch_bounds__(kThreads) select_diverse_kernel(SelectDiverseParams params) {
-    auto& shared = *shared_memory<SelectDiverseShared<kThreads>>();
-    const int64_t row_index = blockIdx.x;
-    const int64_t tokens = params.rows.tokens;
-    const DiverseState state(params.workspace + row_index * kDiverseWords * tokens, tokens);
-    const DiverseFeatures<T> features{
-        static_cast<const T*>(params.features) + row_index * params.features_row_stride,
-        params.features_token_stride, params.channels};
+    // The cosines of the pool's tokens to each other.
+    __device__ void compare_with_pool(Own& own, int size) {
+        const int lane = threadIdx.x % kWarpThreads;
+        const int64_t channels = features.channels;
+        for (int tile = 0; tile < size; tile += kDiverseTile) {
+            const int columns = tile + column_half() * kBlocks * 8;
+            // Only the products of a token with those before it.
+            const bool needed = columns < row_group() * 16 + 15 && columns < kPool;
+            float sums[kTerms][kBlocks][4] = {};
+            for (int64_t c = 0; c < channels; c += kDiverseChunk) {
+                if (channels > kDiverseChunk) {
+                    __syncthreads();
+                    stage_pool(size, c);
+                    __syncthreads();
+                    load_own(own);
+                }
+                if (needed) multiply(own, shared.pool, columns, sums);
+            }
+            if (!needed) continue;
+            LIGHTVLM_UNROLL
+            for (int block = 0; block < kBlocks; ++block) {
+                LIGHTVLM_UNROLL
+                for (int i = 0; i < 4; ++i) {
+                    const int a = row_group() * 16 + lane / 4 + i / 2 * 8;
+                    const int b = columns + block * 8 + lane % 4 * 2 + i % 2;
+                    if (b >= a) continue;
+                    shared.cosines[pair_place(a, b)] =
+                        product(sums, block, i) * (shared.inverse_norm[a] * shared.inverse_norm[b]);
+                }
+            }
+        }
+    }
 
-    measure_features<kThreads>(features, state, tokens);
-    for_each_segment<kThreads>(params.rows, row_index, shared.row, [&](const SelectionRow& row) {
-        const int64_t budget = segment_budget(params.rows, row);
-        if (budget == 0) return;
-        int32_t choices = 0;
+    // Warp 0: chooses from the pool as long as its best exceeds all that is outside.
+    __device__ void take(const SelectionRow& row, int size, int64_t budget) {
+        constexpr int kOwn = kPool / kWarpThreads;
+        const int lane = threadIdx.x;
+        unsigned long long outside =
+            lane < kThreads / kWarpThreads ? shared.choice.outside[lane] : 0;
+        outside = warp_highest(outside);
+        float worth[kOwn];
+        float nearest[kOwn];
+        uint32_t key[kOwn];
+        uint32_t token[kOwn];
+        LIGHTVLM_UNROLL
+        for (int j = 0; j < kOwn; ++j) {
+            const int slot = j * kWarpThreads + lane;
+            key[j] = kKeyNone;
+            worth[j] = 0.0f;
+            nearest[j] = 0.0f;
+            token[j] = UINT_MAX;
+            if (slot >= size) continue;
+            worth[j] = shared.worth[slot];
+            nearest[j] = __uint_as_float(shared.nearest[slot]);
+            token[j] = static_cast<uint32_t>(shared.choice.token[slot]);
+            key[j] = score_key(
+                worth[j] == 0.0f ? 0.0f : diverse_value(worth[j], params.strength, nearest[j]));
+        }
+        int32_t taken = 0;
+        for (; taken < budget; ++taken) {
+            uint32_t best = kKeyNone;
+            LIGHTVLM_UNROLL
+            for (int j = 0; j < kOwn; ++j) best = key[j] > best ? key[j] : best;
+            best = __reduce_max_sync(kFullWarp, best);
+            if (best == kKeyNone) break;
+            uint32_t winner = UINT_MAX;
+            int slot = 0;
+            LIGHTVLM_UNROLL
+            for (int j = 0; j < kOwn; ++j) {
+                if (key[j] != best || token[j] >= winner) continue;
+                winner = token[j];
+                slot = j * kWarpThreads + lane;
+            }
+            const uint32_t own_winner = winner;
+            winner = __reduce_min_sync(kFullWarp, winner);
+            if (choice_key(best, winner) < outside) break;
+            const uint32_t holder = __ballot_sync(kFullWarp, own_winner == winner);
+            slot = __shfl_sync(kFullWarp, slot, __ffs(static_cast<int>(holder)) - 1);
+            if (lane == 0) {
+                row.inverse[winner] = 0;
+                keys[winner] = kKeyNone;
+                state.chosen[choices + taken] = static_cast<int32_t>(winner);
+            }
+            LIGHTVLM_UNROLL
+            for (int j = 0; j < kOwn; ++j) {
+                const int own = j * kWarpThreads + lane;
+                if (own == slot) key[j] = kKeyNone;
+                if (key[j] == kKeyNone || worth[j] == 0.0f) continue;
+                const float cosine = shared.cosines[pair_place(own, slot)];
+                nearest[j] = cosine > nearest[j] ? cosine : nearest[j];
+                key[j] = score_key(diverse_value(worth[j], params.strength, nearest[j]));
+            }
+        }
+        LIGHTVLM_UNROLL
+        for (int j = 0; j < kOwn; ++j) {
+            if (key[j] == kKeyNone) continue;
+            keys[token[j]] = key[j];
+            state.nearest[token[j]] = nearest[j];
+            state.seen[token[j]] = choices + taken;
+        }
+        if (lane == 0) shared.taken = taken;
+    }
+
+    // Bounds before anything is compared; the forced tokens are the first choices. Returns how many
+    // tokens are free.
+    __device__ int32_t start(const SelectionRow& row) {
+        choices = 0;
+        int32_t free_tokens = 0;
         for (int64_t tile = row.begin; tile < row.end; tile += kThreads) {
             const int64_t i = tile + threadIdx.x;
             const bool own = i < row.end && row.in_segment(i);
             const bool forced = own && row.is_forced(i);
+            if (i < row.end) {
+                const bool free = own && row.is_candidate(i);
+                keys[i] = free ? score_key(diverse_worth(row.scores[i])) : kKeyNone;
+                free_tokens += free;
+            }
             if (own) {
-                state.value[i] = row.is_candidate(i) ? diverse_worth(row.scores[i]) : -INFINITY;
                 state.nearest[i] = 0.0f;
                 state.seen[i] = 0;
             }
+            if (row.forced == nullptr) continue;
             uint32_t forced_here;
             const uint32_t rank = block_rank<kThreads>(forced, shared.row.words, &forced_here);
             if (forced) state.chosen[choices + rank] = static_cast<int32_t>(i);
             choices += static_cast<int32_t>(forced_here);
         }
-        __syncthreads();
-        for (int64_t taken = 0; taken < budget; ++taken) {
-            const unsigned long long best =
-                next_choice<kThreads>(params, row, state, features, choices, shared);
-            if (best == 0) break;
-            if (threadIdx.x == 0) {
-                const int64_t i = choice_token(best);
-                row.inverse[i] = 0;
-                state.value[i] = -INFINITY;
-                state.chosen[choices] = static_cast<int32_t>(i);
+        return block_reduce<kThreads>(free_tokens, reinterpret_cast<int32_t*>(shared.row.words),
+                                      [](int32_t a, int32_t b) { return a + b; });
+    }
+
+    __device__ void choose(const SelectionRow& row) {
+        int64_t budget = segment_budget(params.rows, row);
+        if (budget == 0) return;
+        if (budget >= start(row)) {  // whatever resembles whatever
+            for (int64_t i = row.begin + threadIdx.x; i < row.end; i += kThreads) {
+                if (row.is_candidate(i)) row.inverse[i] = 0;
             }
-            ++choices;
-            __syncthreads();
+            return;
         }
-    });
-    write_selection<kThreads>(params.rows, row_index, shared.row);
+        while (budget > 0) {
+            const int size = fill_pool<kThreads, kPool>(keys, row.begin, row.end, shared.choice);
+            if (size == 0) return;
+            __syncthreads();
+            const int32_t first = load_pool(row, size);
+            Own own;
+            if (features.channels <= kDiverseChunk) {
+                stage_pool(size, 0);
+                __syncthreads();
+                load_own(own);
+            }
+            compare_with_choices(own, size, first);
+            compare_with_pool(own, size);
+            __syncthreads();
+            if (threadIdx.x < kWarpThreads) take(row, size, budget);
+            __syncthreads();
+            budget -= shared.taken;
+            choices += shared.taken;
+        }
+    }
+};
+
+// One block an SM: 128 registers a thread for 512 threads, which the fragments of the pool use.
+template <int kPool, typename T>
+__global__ void __launch_bounds__(4 * kPool, 1) select_diverse_kernel(SelectDiverseParams params) {
+    using Block = DiverseBlock<kPool, T>;
+    auto& shared = *shared_memory<typename Block::Shared>();
+    const int64_t row_index = blockIdx.x;
+    const int64_t tokens = params.rows.tokens;
+    const DiverseState state(params.workspace + row_index * kDiverseWords * tokens, tokens);
+    const DiverseFeatures<T> features(
+        static_cast<const T*>(params.features) + row_index * params.features_row_stride,
+        params.features_token_stride, params.channels);
+    Block block{
+        params, features, state, shared, tokens <= kDiverseSharedTokens ? shared.keys : state.keys,
+        0};
+    measure_features<Block::kThreads>(features, tokens, state.scale, state.inverse_norm);
+    for_each_segment<Block::kThreads>(params.rows, row_index, shared.row,
+                                      [&](const SelectionRow& row) { block.choose(row); });
+    write_selection<Block::kThreads>(params.rows, row_index, shared.row);
 }
 
 }  // namespace lightvlm

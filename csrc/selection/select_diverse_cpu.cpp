@@ -86,7 +86,13 @@ class DiverseRow {
         if (!row_.budget(segment_id, &budget)) return false;
         if (budget == 0) return true;
         int64_t free = start(tokens);
-        budget = std::min(budget, free);
+        if (budget >= free) {  // whatever resembles whatever
+            for (size_t place = 0; place < tokens.size(); ++place) {
+                if (s_.keys[place] != kKeyNone) s_.kept[tokens[place]] = 1;
+            }
+            return true;
+        }
+        measure(tokens);
         while (budget > 0) {
             const Cut cut = fill_pool(free);
             refresh_pool();
@@ -97,7 +103,7 @@ class DiverseRow {
         return true;
     }
 
-    // Unit vectors and bounds of a segment; forced tokens are its first choices. Returns how many
+    // Bounds before anything is compared; the forced tokens are the first choices. Returns how many
     // tokens are free.
     int64_t start(const std::vector<int32_t>& tokens) {
         const int64_t n = static_cast<int64_t>(tokens.size());
@@ -117,6 +123,12 @@ class DiverseRow {
                 ++free;
             }
         }
+        return free;
+    }
+
+    // The unit vectors of a segment.
+    void measure(const std::vector<int32_t>& tokens) {
+        const int64_t n = static_cast<int64_t>(tokens.size());
         if (s_.units.size() < static_cast<size_t>(n * padded_)) s_.units.resize(n * padded_);
         parallel_items(n, padded_, [&](int64_t begin, int64_t end) {
             for (int64_t place = begin; place < end; ++place) {
@@ -125,7 +137,6 @@ class DiverseRow {
                     s_.units.data() + place * padded_, padded_);
             }
         });
-        return free;
     }
 
     // What the tokens outside the pool do not exceed: keys below `key`, or equal from `place` on.
