@@ -76,8 +76,7 @@ LIGHTVLM_HOST_DEVICE PairBudget pair_budget(const MergePairsParams& params, int6
                                             int64_t members) {
     PairBudget budget;
     const bool by_window = params.windows >= 0;
-    const bool on_device = params.each_count != nullptr || params.each_ratio != nullptr;
-    if (on_device && by_window && id >= params.windows) {
+    if (by_window && id >= params.windows) {
         budget.error = kErrorWindowRange;
         budget.value = static_cast<double>(id);
         return budget;

@@ -96,7 +96,7 @@ def _matching(args: PairsArgs, row: int) -> list[int]:
         pairs = _pairs(args, row, window, len(members))
         if not sources or not destinations or pairs == 0:
             continue
-        best, at = _first_maximum(unit[sources] @ unit[destinations].T)
+        best, at = _nearest(unit[sources], unit[destinations])
         # A stable sort: ties stay in ascending order.
         order = sorted(range(len(sources)), key=lambda i: -best[i])
         for i in order[:pairs]:
@@ -127,8 +127,10 @@ def _pairs(args: PairsArgs, row: int, window: int, members: int) -> int:
     return min(pairs, members // 2) if args.source is None else pairs
 
 
-def _first_maximum(cosine: torch.Tensor) -> tuple[list[float], list[int]]:
-    """Of each row the maximum, and where it is first reached (argmax need not give the first)."""
+def _nearest(sources: torch.Tensor, destinations: torch.Tensor) -> tuple[list[float], list[int]]:
+    """Of each source the highest cosine, and where it is first reached (argmax need not give the first)."""
+    # Not a matrix product: that may sum equal rows in different orders.
+    cosine = torch.stack([(destinations * source).sum(dim=1) for source in sources])
     best = cosine.amax(dim=1)
     at = (cosine == best[:, None]).int().argmax(dim=1)
     return best.tolist(), at.tolist()

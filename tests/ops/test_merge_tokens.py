@@ -290,6 +290,22 @@ def test_weights(backend: Backend) -> None:
     assert out.abs().max() < 1e32
 
 
+def test_flushing_subnormals_changes_nothing() -> None:
+    """torch.set_flush_denormal acts on the calling thread alone: what is subnormal is told by its bits."""
+    x, selection, _, group = random_case(1, 4000, 3, 900)
+    weight = torch.full((1, 4000), 1e-42)
+    expected = ops.merge_tokens(x, selection, weight, group)
+    assert expected.isfinite().all()
+    try:
+        assert torch.set_flush_denormal(True)
+        result = ops.merge_tokens(x, selection, weight, group)
+        with pytest.raises(ValueError, match="weight"):
+            ops.merge_tokens(x, selection, -weight, group)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(result, expected)
+
+
 @every_backend
 @every_dtype
 def test_nothing_arrives_keeps_the_bits(backend: Backend, dtype: torch.dtype) -> None:
