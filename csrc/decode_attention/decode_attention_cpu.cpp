@@ -17,6 +17,7 @@
 #include "decode_attention/decode_bf16_cpu.h"
 #include "decode_attention/decode_float_cpu.h"
 #include "decode_attention/decode_packed_cpu.h"
+#include "decode_attention/decode_softmax_cpu.h"
 #include "decode_attention/decode_span_cpu.h"
 
 namespace lightvlm {
@@ -28,6 +29,7 @@ using namespace decode_detail;
 constexpr int64_t kItemTokens = 512;
 // Spans begin at multiples of it, or where the row's tokens begin.
 constexpr int64_t kSpanGrid = kPackedBlockMultiple;
+constexpr int64_t kItemWeights = kItemTokens / kSpanTokens * kScorePitch;  // of a head
 constexpr int64_t kItemSpans = kItemTokens / kSpanGrid;
 constexpr int64_t kRoundBytes = int64_t{64} << 20;  // of workspace, unless a row takes more
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
@@ -53,7 +55,7 @@ struct Layout {
         }
         first_slot[params.segments] = slots;
         slot_floats = group * (2 + channels);
-        if (wants_mass) slot_floats += group * (kItemTokens + kItemSpans);
+        if (wants_mass) slot_floats += group * (kItemWeights + kItemSpans);
         head_floats = slots * slot_floats + group * 2;
         row_floats = params.key_heads * head_floats;
         const int64_t row_bytes = std::max<int64_t>(1, row_floats * int64_t{sizeof(float)});
@@ -72,15 +74,15 @@ struct Layout {
     int64_t round_rows;
 };
 
-// What phase 1 leaves of a slot: [group] each, and [group][channels], [group][kItemTokens],
-// [kItemSpans][group].
+// What phase 1 leaves of a slot: [group] each, and [group][channels],
+// [kItemTokens / kSpanTokens][group][kScorePitch], [kItemSpans][group].
 struct Part {
     Part(const Layout& layout, float* at)
         : highest(at),
           sum(highest + layout.group),
           out(sum + layout.group),
           weights(out + layout.group * layout.channels),
-          span_highest(weights + layout.group * kItemTokens) {}
+          span_highest(weights + layout.group * kItemWeights) {}
 
     float* highest;
     float* sum;
@@ -107,12 +109,12 @@ Way choose_way(KVFormat format, DType dtype) {
     return Way::kFloat;
 }
 
-void compute_scores(Way way, const Span& span, SpanScratch* scratch) {
+void compute_scores(Way way, const Span& span, SpanScratch* scratch, float* scores) {
 #if defined(__x86_64__)
-    if (way == Way::kPacked) return packed_scores(span, scratch);
-    if (way == Way::kBf16) return bf16_scores(span, scratch);
+    if (way == Way::kPacked) return packed_scores(span, scratch, scores);
+    if (way == Way::kBf16) return bf16_scores(span, scratch, scores);
 #endif
-    multiversion<FloatScores>(&span, scratch);
+    multiversion<FloatScores>(&span, scratch, scores);
 }
 
 void compute_values(Way way, const Span& span, const float* p, SpanScratch* scratch) {
@@ -138,7 +140,7 @@ struct AddMass {
                                     int64_t tokens, float* mass) {
         for (int64_t n = 0; n < tokens; ++n) {
             float sum = 0.0f;
-            for (int64_t h = 0; h < group; ++h) sum += factor[h] * weights[h * kItemTokens + n];
+            for (int64_t h = 0; h < group; ++h) sum += factor[h] * weights[h * kScorePitch + n];
             mass[n] += sum;
         }
     }
@@ -192,6 +194,14 @@ class Decoder {
         const int64_t begin = segment.leftpad != nullptr ? segment.leftpad[b] : 0;
         const int64_t end = segment.lens != nullptr ? segment.lens[b] : segment.tokens;
         return {std::max(first, begin), std::min(first + kItemTokens, end)};
+    }
+    // Weights and maxima of the group in the span that begins with token `begin`.
+    float* span_weights(const Part& part, int64_t begin) const {
+        const int64_t at = begin % kItemTokens;
+        return part.weights + at / kSpanTokens * layout_.group * kScorePitch + at % kSpanTokens;
+    }
+    float* span_highest(const Part& part, int64_t begin) const {
+        return part.span_highest + begin % kItemTokens / kSpanGrid * layout_.group;
     }
     static int64_t span_end(const KVSegmentParams& segment, int64_t begin, int64_t end) {
         end = std::min(end, (begin / kSpanTokens + 1) * kSpanTokens);
@@ -272,24 +282,21 @@ class Decoder {
         load_query(b, kv * layout_.group + first, heads, scratch.query);
         Span span = make_span(segment, heads);
         const Way way = choose_way(segment.format, params_.dtype);
-        const bool keeps_weights = segment.mass != nullptr;
         for (int64_t begin = tokens.begin; begin < tokens.end;) {
             const int64_t end = span_end(segment, begin, tokens.end);
             set_tokens(segment, b, kv, {begin, end}, &span);
-            compute_scores(way, span, &scratch);
-            multiversion<SpanSoftmax>(span.heads, span.tokens, scratch.scores, scratch.highest,
+            // The weights are computed where they will stay.
+            float* weights = segment.mass == nullptr
+                                 ? scratch.scores
+                                 : span_weights(to, begin) + first * kScorePitch;
+            compute_scores(way, span, &scratch, weights);
+            multiversion<SpanSoftmax>(span.heads, span.tokens, weights, scratch.highest,
                                       scratch.sum);
-            if (keeps_weights) {
-                const int64_t at = begin % kItemTokens;
-                for (int64_t h = 0; h < heads; ++h) {
-                    const float* from = scratch.scores + h * kSpanTokens;
-                    std::copy(from, from + span.tokens,
-                              to.weights + (first + h) * kItemTokens + at);
-                    to.span_highest[at / kSpanGrid * layout_.group + first + h] =
-                        scratch.highest[h];
-                }
+            if (segment.mass != nullptr) {
+                std::copy(scratch.highest, scratch.highest + heads,
+                          span_highest(to, begin) + first);
             }
-            compute_values(way, span, scratch.scores, &scratch);
+            compute_values(way, span, weights, &scratch);
             for (int64_t h = 0; h < heads; ++h) {
                 add_span(scratch, h, begin == tokens.begin, to.highest + first + h,
                          to.sum + first + h, to.out + (first + h) * layout_.channels);
@@ -363,16 +370,15 @@ class Decoder {
         const float* sum = shift + layout_.group;
         for (int64_t begin = tokens.begin; begin < tokens.end;) {
             const int64_t end = span_end(segment, begin, tokens.end);
-            const int64_t at = begin % kItemTokens;
             // Phase 2 is done with this part's sums.
             float* factor = from.sum;
             for (int64_t h = 0; h < layout_.group; ++h) {
-                const float highest = from.span_highest[at / kSpanGrid * layout_.group + h];
+                const float highest = span_highest(from, begin)[h];
                 factor[h] = sum[h] == 0.0f ? 0.0f
                                            : std::exp2(highest - shift[h]) /
                                                  (sum[h] * static_cast<float>(layout_.group));
             }
-            multiversion<AddMass>(static_cast<const float*>(from.weights + at),
+            multiversion<AddMass>(static_cast<const float*>(span_weights(from, begin)),
                                   static_cast<const float*>(factor), layout_.group, end - begin,
                                   mass + begin);
             begin = end;

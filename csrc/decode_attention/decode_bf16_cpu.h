@@ -59,7 +59,7 @@ LIGHTVLM_TARGET_AVX512_BF16 void score_bf16(const Span& span, Bf16Work* work, fl
             }
         }
         for (int h = 0; h < kHeads; ++h) {
-            float* to = scores + h * kSpanTokens + n;
+            float* to = scores + h * kScorePitch + n;
             _mm512_storeu_ps(to, _mm512_mul_ps(sums[h][0], unit));
             _mm512_storeu_ps(to + 16, _mm512_mul_ps(sums[h][1], unit));
         }
@@ -107,18 +107,20 @@ LIGHTVLM_TARGET_AVX512_BF16 inline void round_weights(const Span& span, const fl
                                                       bfloat16_t* weights) {
     for (int h = 0; h < span.heads; ++h) {
         for (int n = 0; n < (span.tokens + 15) / 16 * 16; n += 16) {
-            const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(p + h * kSpanTokens + n));
+            const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(p + h * kScorePitch + n));
             std::memcpy(weights + h * kSpanTokens + n, &rounded, sizeof(rounded));
         }
     }
 }
 
-inline void bf16_scores(const Span& span, SpanScratch* scratch) {
+inline void bf16_scores(const Span& span, SpanScratch* scratch, float* scores) {
     auto* work = reinterpret_cast<Bf16Work*>(scratch->work);
-    pack_bf16_query(span, scratch->query, work->query);
-    dispatch_heads(span.heads, [&](auto heads) {
-        score_bf16<decltype(heads)::value>(span, work, scratch->scores);
-    });
+    if (scratch->folded != scratch->query) {
+        pack_bf16_query(span, scratch->query, work->query);
+        scratch->folded = scratch->query;
+    }
+    dispatch_heads(span.heads,
+                   [&](auto heads) { score_bf16<decltype(heads)::value>(span, work, scores); });
 }
 
 inline void bf16_values(const Span& span, const float* p, SpanScratch* scratch) {

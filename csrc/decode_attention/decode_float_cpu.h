@@ -99,7 +99,7 @@ struct TileScores {
     }
 };
 
-// out[h * kMaxChannels + d] += the sum over the tile's n of weight[h * kSpanTokens + n] * tile[n,
+// out[h * kMaxChannels + d] += the sum over the tile's n of weight[h * kScorePitch + n] * tile[n,
 // d]
 template <CpuLevel level>
 struct TileValues {
@@ -108,7 +108,7 @@ struct TileValues {
         constexpr int kLanes = 16;
         for (int h = 0; h < heads; ++h) {
             float* o = out + h * kMaxChannels;
-            const float* w = weight + h * kSpanTokens;
+            const float* w = weight + h * kScorePitch;
             for (int64_t d = 0; d < channels; d += kLanes) {
                 float sums[kLanes] = {};
                 for (int n = 0; n < kTileTokens; ++n) {
@@ -161,7 +161,7 @@ struct TileValues<CpuLevel::kAvx2> {
                 const __m256 low = _mm256_loadu_ps(tile + n * channels + d);
                 const __m256 high = _mm256_loadu_ps(tile + n * channels + d + 8);
                 for (int h = 0; h < kHeads; ++h) {
-                    const __m256 w = _mm256_set1_ps(weight[(head + h) * kSpanTokens + n]);
+                    const __m256 w = _mm256_set1_ps(weight[(head + h) * kScorePitch + n]);
                     sums[h][0] = _mm256_fmadd_ps(w, low, sums[h][0]);
                     sums[h][1] = _mm256_fmadd_ps(w, high, sums[h][1]);
                 }
@@ -184,7 +184,7 @@ constexpr CpuLevel tile_level(CpuLevel level) {
 
 struct FloatScores {
     template <CpuLevel level>
-    static LIGHTVLM_INLINE void run(const Span* span_, SpanScratch* scratch) {
+    static LIGHTVLM_INLINE void run(const Span* span_, SpanScratch* scratch, float* scores) {
         const Span& span = *span_;
         auto* across = reinterpret_cast<float*>(scratch->work);  // [channels][kHeadTile]
         float* tile = across + kMaxChannels * kHeadTile;         // [kTileTokens][channels]
@@ -201,15 +201,15 @@ struct FloatScores {
             widen<true>(span, begin, count, tile);
             TileScores<tile_level(level)>::run(across, tile, span.channels, products);
             for (int h = 0; h < span.heads; ++h) {
-                float* scores = scratch->scores + h * kSpanTokens + begin;
-                for (int n = 0; n < count; ++n) scores[n] = products[n * kHeadTile + h] * span.unit;
+                float* to = scores + h * kScorePitch + begin;
+                for (int n = 0; n < count; ++n) to[n] = products[n * kHeadTile + h] * span.unit;
             }
         }
     }
 };
 
 struct FloatValues {
-    // p: [heads][kSpanTokens], 0 past the span's tokens.
+    // p: [heads][kScorePitch], 0 past the span's tokens.
     template <CpuLevel level>
     static LIGHTVLM_INLINE void run(const Span* span_, const float* p, SpanScratch* scratch) {
         const Span& span = *span_;

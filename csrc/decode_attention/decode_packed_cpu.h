@@ -141,7 +141,7 @@ LIGHTVLM_TARGET_AVX512_VNNI void score_tokens(const uint32_t* dwords, const Pack
         const __m512 step = _mm512_set1_ps(query.step[h]);
         const __m512 zero = _mm512_set1_ps(query.zero[h]);
         for (int i = 0; i < 2; ++i) {
-            _mm512_storeu_ps(scores + h * kSpanTokens + 16 * i,
+            _mm512_storeu_ps(scores + h * kScorePitch + 16 * i,
                              _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[h][i]), step, zero));
         }
     }
@@ -195,7 +195,7 @@ LIGHTVLM_TARGET_AVX512_VNNI inline void weigh_tokens(const Span& span, const flo
                         _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16))));
     }
     for (int h = 0; h < span.heads; ++h) {
-        const float* from = p + h * kSpanTokens;
+        const float* from = p + h * kScorePitch;
         __m512 largest = _mm512_setzero_ps();
         __m512 sum = _mm512_setzero_ps();
         __m512 shift = _mm512_setzero_ps();
@@ -316,14 +316,16 @@ struct PackedWork {
 };
 static_assert(sizeof(PackedWork) <= sizeof(SpanScratch::work));
 
-inline void packed_scores(const Span& span, SpanScratch* scratch) {
+inline void packed_scores(const Span& span, SpanScratch* scratch, float* scores) {
     auto* work = reinterpret_cast<PackedWork*>(scratch->work);
     dispatch_bits(span.bits, [&](auto bits) {
         constexpr int kBits = decltype(bits)::value;
-        fold_query<kBits>(span, scratch->query, &work->query);
+        if (scratch->folded != span.key_scale) {
+            fold_query<kBits>(span, scratch->query, &work->query);
+            scratch->folded = span.key_scale;
+        }
         dispatch_heads(span.heads, [&](auto heads) {
-            score_span<kBits, decltype(heads)::value>(span, work->query, work->dwords,
-                                                      scratch->scores);
+            score_span<kBits, decltype(heads)::value>(span, work->query, work->dwords, scores);
         });
     });
 }

@@ -5,8 +5,8 @@
 //   softmax  p[h][n] = 2^(s - m[h]), m[h] the span's maximum, l[h] the sum of p
 //   values   o[h][d] = sum over n of p[h][n] * v[n][d]
 //
-// Here are what the steps share, and softmax. Scores and values are decode_float_cpu.h, for every
-// format and processor, and the faster ones of decode_attention_cpu.cpp's choice.
+// Here is what the steps share. Scores and values: decode_float_cpu.h for every format and
+// processor, decode_packed_cpu.h and decode_bf16_cpu.h where they are faster.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +22,8 @@ constexpr int kHeadTile = 8;
 // So many products of a 16-bit weight and an 8-bit code fit the sums of 32 bits.
 constexpr int kSpanTokens = 256;
 constexpr int kMaxChannels = 256;
+// Numbers between the scores of two heads. They are written up to 31 tokens past the span.
+constexpr int kScorePitch = kSpanTokens + 32;
 
 struct Span {
     KVFormat format;
@@ -46,15 +48,17 @@ struct Span {
     int64_t value_token_stride;  // in numbers
 };
 
-// What one thread needs. Rows of heads: scores[h * kSpanTokens + n], out[h * kMaxChannels + d].
+// What one thread needs. Rows of heads: scores[h * kScorePitch + n], out[h * kMaxChannels + d].
 struct alignas(64) SpanScratch {
     float query[kHeadTile * kMaxChannels];  // not scaled; 0 past head_dim
-    float scores[kHeadTile * kSpanTokens];
+    float scores[kHeadTile * kScorePitch];  // where the weights need not stay
     float out[kHeadTile * kMaxChannels];
     float highest[kHeadTile];
     float sum[kHeadTile];
+    // What the query in work has been folded for: it stays until the block of channels changes.
+    const float* folded = nullptr;
     // Bytes that scores and values use as they like.
-    unsigned char work[kSpanTokens * kMaxChannels * 2 + kHeadTile * kSpanTokens * 8];
+    alignas(64) unsigned char work[kSpanTokens * kMaxChannels * 2 + kHeadTile * kSpanTokens * 8];
 };
 
 // The sum of 16 numbers, in halves; they are overwritten.
@@ -64,62 +68,5 @@ LIGHTVLM_INLINE float fold_lanes(float* sum) {
     }
     return sum[0];
 }
-
-// 2^x for x <= 0 with a relative error of about 1e-7; 0 below -126 where floats become subnormal,
-// NaN for NaN. Taylor's polynomial of 2^r for |r| <= 1/2. Plain arithmetic, so that it vectorises.
-LIGHTVLM_INLINE float exp2_of_negative(float x) {
-    constexpr float kLow = -126.0f;
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const bool too_low = x < kLow;
-    x = too_low ? kLow : x;
-    const float shifted = x + kRound;
-    const float r = x - (shifted - kRound);
-    float y = 1.5403530e-4f;
-    y = y * r + 1.3333558e-3f;
-    y = y * r + 9.6181291e-3f;
-    y = y * r + 5.5504109e-2f;
-    y = y * r + 2.4022651e-1f;
-    y = y * r + 6.9314718e-1f;
-    y = y * r + 1.0f;
-    const uint32_t power = (float16_detail::float_bits(shifted) - 0x4b400000u + 127u) << 23;
-    return too_low ? 0.0f : y * float16_detail::float_of(power);
-}
-
-// In place; tokens past the span's get a p of 0, up to a multiple of 32.
-struct SpanSoftmax {
-    template <CpuLevel level>
-    static LIGHTVLM_INLINE void run(int heads, int tokens, float* scores, float* highest,
-                                    float* sum) {
-        constexpr int kLanes = 16;
-        constexpr float kHidden = -std::numeric_limits<float>::infinity();
-        const int padded = (tokens + 31) / 32 * 32;
-        for (int h = 0; h < heads; ++h) {
-            float* s = scores + h * kSpanTokens;
-            for (int n = tokens; n < padded; ++n) s[n] = kHidden;
-            float most[kLanes];
-            for (int lane = 0; lane < kLanes; ++lane) most[lane] = kHidden;
-            for (int n = 0; n < padded; n += kLanes) {
-                // A NaN is not noticed here, but makes the sum of exponentials one.
-                for (int lane = 0; lane < kLanes; ++lane) {
-                    most[lane] = s[n + lane] > most[lane] ? s[n + lane] : most[lane];
-                }
-            }
-            float top = most[0];
-            for (int lane = 1; lane < kLanes; ++lane) top = most[lane] > top ? most[lane] : top;
-            highest[h] = top;
-            // All scores -inf: 2^(-inf - 0) is 0, where -inf - -inf would be NaN.
-            const float shift = top > kHidden ? top : 0.0f;
-            float total[kLanes] = {};
-            for (int n = 0; n < padded; n += kLanes) {
-                for (int lane = 0; lane < kLanes; ++lane) {
-                    const float p = exp2_of_negative(s[n + lane] - shift);
-                    s[n + lane] = p;
-                    total[lane] += p;
-                }
-            }
-            sum[h] = fold_lanes(total);
-        }
-    }
-};
 
 }  // namespace lightvlm::decode_detail
