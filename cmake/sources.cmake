@@ -4,6 +4,7 @@
 if(NOT LIGHTVLM_OPS)
     set(LIGHTVLM_OPS
         compaction/compact_kv
+        compaction/compact_paged_kv
         importance/importance
         merging/gather_tokens
         merging/merge_pairs

@@ -29,6 +29,10 @@ STABLE_TORCH_LIBRARY(lightvlm, m) {
         "compact_kv(Tensor(a!)[] caches, int[] layer, int[] token_dim, Tensor[] index, "
         "Tensor[] count, Tensor(b!)? error) -> ()");
     m.def(
+        "compact_paged_kv(Tensor(a!)[] pages, int[] by, Tensor[] index, Tensor[] count, int[] of, "
+        "Tensor[] block_table, Tensor?[] lens, Tensor?[] refcount, Tensor(b!)[] row_pages, "
+        "Tensor(c!)[] freed, Tensor(d!)[] freed_count, Tensor(e!)? error) -> ()");
+    m.def(
         "merge_tokens(Tensor x, Tensor metric, Tensor index, Tensor count, Tensor weight, "
         "Tensor group, bool right, Tensor(a!) out, Tensor(b!)? target, Tensor(c!)? workspace, "
         "Tensor(d!)? error) -> ()");

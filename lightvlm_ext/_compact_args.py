@@ -37,14 +37,14 @@ def check_compact(
     """Checks types, shapes, dtypes and devices; raises TypeError or ValueError naming the argument."""
     args = CompactArgs()
     if isinstance(key_cache, torch.Tensor):
-        _add_layer(args, key_cache, value_cache, index, count, _sequence(extras, "extras"), "")
+        _add_layer(args, key_cache, value_cache, index, count, sequence(extras, "extras"), "")
         return args
-    keys = _sequence(key_cache, "key_cache")
+    keys = sequence(key_cache, "key_cache")
     layers = len(keys)
-    values = _per_layer(value_cache, "value_cache", layers)
-    indexes = _per_layer(index, "index", layers)
-    counts = _per_layer(count, "count", layers)
-    more = _sequence(extras, "extras")
+    values = per_layer(value_cache, "value_cache", layers)
+    indexes = per_layer(index, "index", layers)
+    counts = per_layer(count, "count", layers)
+    more = sequence(extras, "extras")
     if len(more) not in (0, layers):
         raise ValueError(
             f"extras: has {len(more)} entries, must have one for each of the {layers} layers, or none"
@@ -52,23 +52,25 @@ def check_compact(
     for layer in range(layers):
         of_layer = more[layer] if more else ()
         if not isinstance(of_layer, torch.Tensor):
-            of_layer = _sequence(of_layer, f"extras[{layer}]")
+            of_layer = sequence(of_layer, f"extras[{layer}]")
         else:
             of_layer = (of_layer,)
         _add_layer(args, keys[layer], values[layer], indexes[layer], counts[layer], of_layer, f"[{layer}]")
     return args
 
 
-def _sequence(value: object, name: str) -> Sequence[object]:
+def sequence(value: object, name: str) -> Sequence[object]:
+    """A list or tuple, or TypeError."""
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name}: got {type(value).__name__}, must be a tensor or a list or tuple of tensors")
     return value
 
 
-def _per_layer(value: object, name: str, layers: int) -> Sequence[object]:
-    entries = _sequence(value, name)
+def per_layer(value: object, name: str, layers: int, as_in: str = "key_cache") -> Sequence[object]:
+    """One entry for each layer, or an error."""
+    entries = sequence(value, name)
     if len(entries) != layers:
-        raise ValueError(f"{name}: has {len(entries)} entries, must have {layers} as key_cache")
+        raise ValueError(f"{name}: has {len(entries)} entries, must have {layers} as {as_in}")
     return entries
 
 

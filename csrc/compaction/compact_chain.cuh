@@ -189,4 +189,20 @@ __device__ __forceinline__ void compact_any_chain(int vector_bytes, Ring* ring, 
     }
 }
 
+// The last of `count` entries that begins at or before `block`; begin(i) ascends.
+template <typename Begin>
+__device__ __forceinline__ int find_entry(int count, int64_t block, const Begin& begin) {
+    int low = 0;
+    int high = count;
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (begin(middle) <= block) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
 }  // namespace lightvlm

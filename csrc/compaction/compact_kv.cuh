@@ -88,22 +88,6 @@ struct DenseRows {
     }
 };
 
-// The last of `count` entries that begins at or before `block`; begin(i) ascends.
-template <typename Begin>
-__device__ __forceinline__ int find_entry(int count, int64_t block, const Begin& begin) {
-    int low = 0;
-    int high = count;
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        if (begin(middle) <= block) {
-            low = middle;
-        } else {
-            high = middle;
-        }
-    }
-    return low;
-}
-
 // Registers: four blocks a multiprocessor, as the shallow ring allows on sm_90; two with the deep.
 template <int kCapacity, typename Ring>
 __global__ void __launch_bounds__(kCompactThreads, Ring::kStages == 4 ? 4 : 2)

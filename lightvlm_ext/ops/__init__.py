@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from .._compact_paged_args import PagedCompaction
+from .._kv import KVSegment, PackedKV
 from .._types import MergedPairs, Selection
 from .compact_kv import compact_kv_
+from .compact_paged_kv import compact_paged_kv_
 from .decode_attention import decode_attention
 from .dequantize_kv import dequantize_kv
 from .gather_tokens import gather_tokens
@@ -15,9 +18,13 @@ from .select import select
 from .select_diverse import select_diverse
 
 __all__ = [
+    "KVSegment",
     "MergedPairs",
+    "PackedKV",
+    "PagedCompaction",
     "Selection",
     "compact_kv_",
+    "compact_paged_kv_",
     "decode_attention",
     "dequantize_kv",
     "gather_tokens",

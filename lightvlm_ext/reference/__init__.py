@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .._types import MergedPairs, Selection
 from .compact_kv import compact_kv_
+from .compact_paged_kv import compact_paged_kv_
 from .decode_attention import decode_attention
 from .dequantize_kv import dequantize_kv
 from .gather_tokens import gather_tokens
@@ -21,6 +22,7 @@ __all__ = [
     "MergedPairs",
     "Selection",
     "compact_kv_",
+    "compact_paged_kv_",
     "decode_attention",
     "dequantize_kv",
     "gather_tokens",

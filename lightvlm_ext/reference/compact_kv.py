@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .._compact_args import CompactArgs, check_compact
+from .._compact_args import check_compact
 
 
 def compact_kv_(
@@ -19,13 +19,13 @@ def compact_kv_(
 ) -> None:
     """As `lightvlm_ext.ops.compact_kv_`, but it makes copies on the way. Raises on every device."""
     args = check_compact(key_cache, value_cache, index, count, extras)
-    _check_disjoint(args)
+    check_disjoint(args.caches, [*args.index, *args.count])
     tokens = {
         layer: cache.shape[dim]
         for cache, layer, dim in zip(args.caches, args.layer, args.token_dim, strict=True)
     }
     for layer, (kept, counts) in enumerate(zip(args.index, args.count, strict=True)):
-        _check_index(kept, counts, tokens[layer])
+        check_index(kept, counts, tokens[layer])
     for cache, layer, dim in zip(args.caches, args.layer, args.token_dim, strict=True):
         _compact(cache, dim, args.index[layer], args.count[layer])
 
@@ -44,7 +44,8 @@ def _compact(cache: torch.Tensor, token_dim: int, index: torch.Tensor, count: to
             rows[b, : len(kept), h] = rows[b, kept, h]
 
 
-def _check_index(index: torch.Tensor, count: torch.Tensor, tokens: int) -> None:
+def check_index(index: torch.Tensor, count: torch.Tensor, tokens: int) -> None:
+    """Raises unless counts fit, and entries below them lie in [0, tokens) and ascend."""
     slots = index.shape[-1]
     if bool(((count < 0) | (count > slots)).any()):
         raise ValueError(f"count: a value lies outside [0, {slots}]")
@@ -55,10 +56,10 @@ def _check_index(index: torch.Tensor, count: torch.Tensor, tokens: int) -> None:
         raise ValueError("index: entries must be strictly ascending up to count")
 
 
-def _check_disjoint(args: CompactArgs) -> None:
+def check_disjoint(moving: list[torch.Tensor], read: list[torch.Tensor]) -> None:
     """Lists every byte's address: exact, and only for tests' sizes."""
-    moves = torch.cat([_addresses(cache) for cache in args.caches]) if args.caches else torch.empty(0)
-    reads = [_addresses(t).unique() for t in (*args.index, *args.count)]
+    moves = torch.cat([_addresses(tensor) for tensor in moving]) if moving else torch.empty(0)
+    reads = [_addresses(tensor).unique() for tensor in read]
     shared = len(moves) != len(moves.unique()) or any(bool(torch.isin(r, moves).any()) for r in reads)
     if shared:
         raise ValueError("key_cache, value_cache, extras: share memory, must be disjoint")
