@@ -68,19 +68,21 @@ if(LIGHTVLM_WITH_CUDA)
     install(FILES "${CMAKE_CURRENT_BINARY_DIR}/_C.kernels.json" DESTINATION lightvlm_ext)
 endif()
 
+set(_host_sources csrc/host.cpp csrc/host/page_pool.cpp)
 execute_process(COMMAND "${Python_EXECUTABLE}" -m pybind11 --cmakedir
     OUTPUT_VARIABLE _pybind11_dir OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE _status)
 if(_status EQUAL 0)
     find_package(pybind11 CONFIG REQUIRED HINTS "${_pybind11_dir}")
-    pybind11_add_module(lightvlm_host MODULE csrc/host.cpp)
+    pybind11_add_module(lightvlm_host MODULE ${_host_sources})
 elseif(EXISTS "${LIGHTVLM_TORCH_ROOT}/include/pybind11/pybind11.h")
     # Every torch wheel brings pybind11's headers; machines with torch alone can build too.
-    Python_add_library(lightvlm_host MODULE WITH_SOABI csrc/host.cpp)
+    Python_add_library(lightvlm_host MODULE WITH_SOABI ${_host_sources})
     target_include_directories(lightvlm_host SYSTEM PRIVATE "${LIGHTVLM_TORCH_ROOT}/include")
 else()
     message(FATAL_ERROR "lightvlm: pybind11 is not installed for ${Python_EXECUTABLE}")
 endif()
 set_target_properties(lightvlm_host PROPERTIES OUTPUT_NAME _host)
+target_include_directories(lightvlm_host PRIVATE csrc)
 target_compile_options(lightvlm_host PRIVATE ${LIGHTVLM_CXX_FLAGS})
 target_compile_definitions(lightvlm_host PRIVATE LIGHTVLM_VERSION="${LIGHTVLM_FULL_VERSION}")
 

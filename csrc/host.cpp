@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "host/page_pool.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -43,6 +45,29 @@ py::dict module_info() {
     return info;
 }
 
+// The interpreter's lock is held throughout: a call is one step to other threads.
+void bind_page_pool(py::module_& m) {
+    using lightvlm::PagePool;
+    py::register_exception<lightvlm::OutOfPages>(m, "OutOfPages", PyExc_RuntimeError);
+    py::class_<PagePool>(m, "PagePool",
+                         "Which pages of a paged KV cache are free, and the users of the others.")
+        .def(py::init<int64_t>(), py::arg("pages"))
+        .def("allocate", &PagePool::allocate, py::arg("n"))
+        .def("free", &PagePool::free, py::arg("ids"))
+        .def("share", &PagePool::share, py::arg("ids"))
+        .def("refcount", &PagePool::refcount, py::arg("ids"))
+        .def("refcounts", &PagePool::refcounts)
+        .def("copy_on_write", &PagePool::copy_on_write, py::arg("pages"), py::arg("begin"),
+             py::arg("end"), py::kw_only(), py::arg("page_size"))
+        .def("reset", &PagePool::reset)
+        .def_property_readonly("pages", &PagePool::pages)
+        .def_property_readonly("available", &PagePool::available)
+        .def("__repr__", [](const PagePool& pool) {
+            return "PagePool(pages=" + std::to_string(pool.pages()) +
+                   ", available=" + std::to_string(pool.available()) + ")";
+        });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -50,4 +75,5 @@ PYBIND11_MODULE(_host, m) {
     m.def("keep_counts", &keep_counts, py::arg("total"), py::arg("fractions"),
           "Tokens of an image of `total` tokens that are left after each stage of a schedule.");
     m.def("module_info", &module_info, "Version of this module and what it was built with.");
+    bind_page_pool(m);
 }
