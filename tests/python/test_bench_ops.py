@@ -181,7 +181,7 @@ def test_defaults_depend_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     on_gpu, on_cpu, quick = arguments("--device", "cuda"), arguments(), arguments("--quick", "--rounds", "4")
     for args in (on_gpu, on_cpu, quick):
-        ops._fill_in(args)
+        ops.fill_in(args)
     assert (on_gpu.tokens, on_gpu.batch) == ([2048, 8192, 32768, 131072], [1, 8, 32])
     assert (on_gpu.model, on_gpu.isolate, on_gpu.rounds) == (["7b", "26b"], True, 5)
     assert (on_cpu.tokens, on_cpu.batch, on_cpu.isolate, on_cpu.rounds) == (None, [1], False, 9)

@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run the benchmark; returns the JSON object of ``lightvlm bench ops``."""
-    _fill_in(args)
+    fill_in(args)
     device = torch.device(args.device)
     effort = Effort(args.rounds, args.case_seconds)
     deadline = time.monotonic() + args.seconds
@@ -129,7 +129,7 @@ def exit_status(result: dict[str, Any]) -> int:
     return int(any("error" in row for row in result["rows"]))
 
 
-def _fill_in(args: argparse.Namespace) -> None:
+def fill_in(args: argparse.Namespace) -> None:
     """Checks the options and gives each its default for the device and for --quick."""
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
