@@ -138,7 +138,17 @@ struct AddMass {
     template <CpuLevel level>
     static LIGHTVLM_INLINE void run(const float* weights, const float* factor, int64_t group,
                                     int64_t tokens, float* mass) {
-        for (int64_t n = 0; n < tokens; ++n) {
+        constexpr int kLanes = 16;
+        int64_t n = 0;
+        for (; n + kLanes <= tokens; n += kLanes) {
+            float sum[kLanes] = {};
+            for (int64_t h = 0; h < group; ++h) {
+                const float* row = weights + h * kScorePitch + n;
+                for (int lane = 0; lane < kLanes; ++lane) sum[lane] += factor[h] * row[lane];
+            }
+            for (int lane = 0; lane < kLanes; ++lane) mass[n + lane] += sum[lane];
+        }
+        for (; n < tokens; ++n) {
             float sum = 0.0f;
             for (int64_t h = 0; h < group; ++h) sum += factor[h] * weights[h * kScorePitch + n];
             mass[n] += sum;

@@ -23,10 +23,10 @@
 
 namespace lightvlm::decode_detail {
 
-// How SpanScratch::work is used. Two columns of 32 bytes are paired at a time.
+// How SpanScratch::work is used. 64 bytes of the rows are paired at a time.
 struct Bf16Work {
     alignas(64) uint32_t dwords[kMaxChannels / 2 * 32];
-    alignas(64) __m512i pairs[2][kSpanTokens / 2];
+    alignas(64) __m512i pairs[kSpanTokens];
     uint32_t query[kMaxChannels / 2 * kHeadTile];  // [pair of channels][head]
     bfloat16_t weights[kHeadTile * kSpanTokens];
 };
@@ -42,8 +42,8 @@ LIGHTVLM_TARGET_AVX512_BF16 void score_bf16(const Span& span, Bf16Work* work, fl
     for (int n = 0; n < span.tokens; n += 32) {
         for (int half = 0; half < 32 && n + half < span.tokens; half += 16) {
             const int left = span.tokens - n - half;
-            transpose_rows(span.key + (n + half) * span.key_stride, span.key_stride,
-                           left < 16 ? left : 16, span.head_dim * 2, work->dwords + half);
+            transpose_rows<2>(span.key + (n + half) * span.key_stride, span.key_stride,
+                              left < 16 ? left : 16, span.head_dim * 2, work->dwords + half);
         }
         __m512 sums[kHeads][2];
         for (int h = 0; h < kHeads; ++h) sums[h][0] = sums[h][1] = _mm512_setzero_ps();
@@ -69,12 +69,15 @@ LIGHTVLM_TARGET_AVX512_BF16 void score_bf16(const Span& span, Bf16Work* work, fl
 template <int kHeads>
 LIGHTVLM_TARGET_AVX512_BF16 void value_bf16(const Span& span, Bf16Work* work, float* out) {
     for (int64_t d = 0; d < span.channels; d += 32) {
-        for (int i = 0; i < 2; ++i) pair_rows(span, span.head_dim * 2, d / 16 + i, work->pairs[i]);
+        pair_rows(span, span.head_dim * 2, d / 16, work->pairs);
         __m512 sums[kHeads][2];
         for (int h = 0; h < kHeads; ++h) sums[h][0] = sums[h][1] = _mm512_setzero_ps();
+        if (d + 16 >= span.head_dim) {
+            for (int i = kSpanTokens / 2; i < kSpanTokens; ++i) work->pairs[i] = __m512i{};
+        }
         for (int n = 0; n < span.tokens; n += 2) {
-            const __m512i a = _mm512_load_si512(work->pairs[0] + n / 2);
-            const __m512i b = _mm512_load_si512(work->pairs[1] + n / 2);
+            const __m512i a = _mm512_load_si512(work->pairs + n / 2);
+            const __m512i b = _mm512_load_si512(work->pairs + (kSpanTokens + n) / 2);
 #pragma GCC unroll 8
             for (int h = 0; h < kHeads; ++h) {
                 int pair;

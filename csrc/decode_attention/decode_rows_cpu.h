@@ -18,8 +18,9 @@
 
 namespace lightvlm::decode_detail {
 
-// 16 tokens' rows to dwords[j * 32 + token]; row_bytes is a multiple of 8. Rows from `count` on
-// repeat the last.
+// 16 tokens' rows to dwords[j * 16 * kGroups + token]; row_bytes is a multiple of 8. Rows from
+// `count` on repeat the last.
+template <int kGroups>
 LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void transpose_rows(const char* rows, int64_t stride,
                                                            int count, int64_t row_bytes,
                                                            uint32_t* dwords) {
@@ -39,28 +40,37 @@ LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void transpose_rows(const char* rows, int
         const __m512i high01 = _mm512_unpackhi_epi32(four[0], four[1]);
         const __m512i low23 = _mm512_unpacklo_epi32(four[2], four[3]);
         const __m512i high23 = _mm512_unpackhi_epi32(four[2], four[3]);
-        uint32_t* to = dwords + at / 4 * 32;
+        constexpr int kPitch = 16 * kGroups;
+        uint32_t* to = dwords + at / 4 * kPitch;
         _mm512_store_si512(to, _mm512_unpacklo_epi64(low01, low23));
-        _mm512_store_si512(to + 32, _mm512_unpackhi_epi64(low01, low23));
+        _mm512_store_si512(to + kPitch, _mm512_unpackhi_epi64(low01, low23));
         if (some == 0x3) continue;
-        _mm512_store_si512(to + 64, _mm512_unpacklo_epi64(high01, high23));
-        _mm512_store_si512(to + 96, _mm512_unpackhi_epi64(high01, high23));
+        _mm512_store_si512(to + 2 * kPitch, _mm512_unpacklo_epi64(high01, high23));
+        _mm512_store_si512(to + 3 * kPitch, _mm512_unpackhi_epi64(high01, high23));
     }
 }
 
-// Words [16 c, 16 c + 16) of two tokens side by side, for all pairs of tokens; words past
-// the row and a token past the last are 0.
+// Words [16 c, 16 c + 32) of two tokens side by side, for all pairs of tokens: the first half to
+// pairs[i], the second to pairs[kSpanTokens / 2 + i]. Words past the row and a token past the last
+// are 0; a second half with no words is left out.
 LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void pair_rows(const Span& span, int64_t row_bytes,
                                                       int64_t c, __m512i* pairs) {
     const int64_t words = row_bytes / 2 - 16 * c;
-    const __mmask16 some = words >= 16 ? 0xffff : words <= 0 ? 0 : (1 << words) - 1;
+    const __mmask32 some = words >= 32 ? 0xffffffff : (__mmask32{1} << words) - 1;
+    const __m512i low = _mm512_add_epi32(
+        _mm512_set1_epi32(0x00200000),
+        _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                           _mm512_set1_epi32(0x00010001)));
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     const char* row = span.value + 32 * c;
     for (int n = 0; n < span.tokens; n += 2) {
-        const __m256i even = _mm256_maskz_loadu_epi16(some, row + n * span.value_stride);
-        const __m256i odd = _mm256_maskz_loadu_epi16(n + 1 < span.tokens ? some : 0,
+        const __m512i even = _mm512_maskz_loadu_epi16(some, row + n * span.value_stride);
+        const __m512i odd = _mm512_maskz_loadu_epi16(n + 1 < span.tokens ? some : 0,
                                                      row + (n + 1) * span.value_stride);
-        pairs[n / 2] = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
-                                       _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+        _mm512_store_si512(pairs + n / 2, _mm512_permutex2var_epi16(even, low, odd));
+        if (words <= 16) continue;
+        _mm512_store_si512(pairs + (kSpanTokens + n) / 2,
+                           _mm512_permutex2var_epi16(even, high, odd));
     }
 }
 
