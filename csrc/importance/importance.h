@@ -98,24 +98,46 @@ struct ImportanceParams {
     }
 };
 
-constexpr int kImportanceTile = 64;        // probes or targets of a block of the kernels
+constexpr int kImportanceTile = 64;        // probes or targets of a block on the CUDA cores
+constexpr int kImportancePart = 128;       // probes whose partial log-sum-exps lie together
 constexpr int64_t kImportanceSplit = 512;  // targets of a block that computes a log-sum-exp
+// Batch rows x tiles of 128 targets from which on a block takes all key heads of its tile. With
+// fewer, that would leave multiprocessors idle; then the heads are folded by a launch of its own.
+constexpr int64_t kImportanceAllHeadsTiles = 264;
 
-// Words of the partial log-sum-exps of one probe tile of every slot.
-inline int64_t importance_tile_words(const ImportanceParams& params) {
-    const int64_t splits = (params.targets() + kImportanceSplit - 1) / kImportanceSplit;
-    return 2 * params.batch * params.slots() * kImportanceTile * splits;
+// Whether 16-bit vectors are scored without a launch that folds the key heads.
+inline bool importance_folds_heads_at_once(const ImportanceParams& params) {
+    if (params.dtype == DType::kFloat32 || params.axis == ScoreAxis::kQuery) return false;
+    const int64_t tiles = (params.tokens + 127) / 128 * params.batch;
+    return params.key_heads == 1 || params.heads == HeadsOp::kNone ||
+           tiles >= kImportanceAllHeadsTiles;
 }
 
-// The least workspace. With more, more probe tiles share a launch.
+// Whether whoever folds joins the partial log-sum-exps of a probe by itself: where they are few, a
+// launch that does it costs more.
+inline bool importance_joins_in_fold(const ImportanceParams& params) {
+    return params.dtype != DType::kFloat32 && params.axis == ScoreAxis::kKey &&
+           params.probes() <= 2 * kImportancePart && params.tokens <= 16 * kImportanceSplit;
+}
+
+// Words of the partial log-sum-exps of one part of every slot.
+inline int64_t importance_part_words(const ImportanceParams& params) {
+    const int64_t splits = (params.targets() + kImportanceSplit - 1) / kImportanceSplit;
+    return 2 * params.batch * params.slots() * kImportancePart * splits;
+}
+
+// The least workspace. With more, more parts share a launch.
 inline int64_t importance_workspace_words(const ImportanceParams& params) {
-    int64_t words =
-        params.batch * (2 * params.window + 3) + params.batch * params.key_heads * params.targets();
-    if (params.lse == nullptr) {
-        words += 2 * params.batch * params.slots() * params.probes();
-        if (params.probes() > 0) words += importance_tile_words(params);
+    int64_t words = 0;
+    if (params.row_pos != nullptr) words += params.batch * (2 * params.window + 1);
+    if (!importance_folds_heads_at_once(params)) {
+        words += params.batch * params.key_heads * params.targets();
     }
-    return words;
+    if (params.lse != nullptr) return words;
+    const int64_t parts = (params.probes() + kImportancePart - 1) / kImportancePart;
+    if (importance_joins_in_fold(params)) return words + parts * importance_part_words(params);
+    words += 2 * params.batch * params.slots() * params.probes();
+    return words + (parts > 0 ? importance_part_words(params) : 0);
 }
 
 Status importance_cpu(const ImportanceParams& params);

@@ -95,6 +95,8 @@ void set_outputs(const Tensor& query, const Tensor& score, const Tensor& visible
     params->score = score.mutable_data_ptr<float>();
     params->visible = visible.mutable_data_ptr<int32_t>();
     if (!needs_workspace) return;
+    check(params->probes() <= std::numeric_limits<int32_t>::max(), "query: a key head's ",
+          params->probes(), " probes, must be below 2**31");
     const int64_t words = importance_workspace_words(*params);
     check(workspace.has_value(), "workspace: must be given, with at least ", words, " int32");
     check_dtype(*workspace, "workspace", ScalarType::Int);

@@ -1,6 +1,6 @@
 // Tile product of importance: 64 targets x 64 probes, fp32 on the CUDA cores. What a kernel needs
 // to know of it is which elements a thread holds and how to fold them over a tile's probes or
-// targets; a tensor-core product with the same members can take its place.
+// targets.
 #pragma once
 
 #include "common/block.cuh"
@@ -49,11 +49,12 @@ class ImportanceProduct {
         for (int v = threadIdx.x; v < 2 * kImportanceTile; v += kThreads) {
             if (v < kImportanceTile) {
                 const int64_t t = first_target + v;
-                shared.target_vectors[v] = t < slot.targets ? slot.target(t) : nullptr;
+                shared.target_vectors[v] =
+                    t < slot.targets ? slot.target(static_cast<int32_t>(t)) : nullptr;
             } else {
                 const int64_t p = first_probe + v - kImportanceTile;
                 shared.probe_vectors[v - kImportanceTile] =
-                    p < slot.probes ? slot.probe(p) : nullptr;
+                    p < slot.probes ? slot.probe(static_cast<int32_t>(p)) : nullptr;
             }
         }
         for (int i = 0; i < kThreadTargets; ++i) {
@@ -106,7 +107,7 @@ class ImportanceProduct {
         float total = 0.0f;
         const float shift = most > -CUDART_INF_F ? most : 0.0f;
         for (int r = 0; r < kSide; ++r) {
-            total += shared.sum[r][threadIdx.x] * expf(shared.highest[r][threadIdx.x] - shift);
+            total += shared.sum[r][threadIdx.x] * exp2f(shared.highest[r][threadIdx.x] - shift);
         }
         *merged_highest = most;
         *merged_sum = total;

@@ -11,9 +11,12 @@ from .._importance_args import ImportanceArgs, check_importance
 from .._observe import observed
 
 # As in csrc/importance/importance.h, which checks the size of the workspace.
-_PROBE_TILE = 64
+_PART = 128
 _TARGET_SPLIT = 512
-# Words after which the probe tiles of an own softmax take turns.
+_TARGET_TILE = 128
+_ALL_HEADS_TILES = 264
+_JOINED_SPLITS = 16
+# Words after which the parts of an own softmax take turns.
 _PART_WORDS = 4 << 20
 
 
@@ -165,11 +168,22 @@ def _workspace(args: ImportanceArgs) -> torch.Tensor | None:
         targets, slots, probes = tokens, key_heads, query_heads // key_heads * window
     else:
         targets, slots, probes = window, query_heads, tokens
-    words = batch * (2 * window + 3) + batch * key_heads * targets
+    words = 0
+    if args.row_pos is not None and window > 0:
+        words += batch * (2 * window + 1)
+    on_tensor_cores = args.query.dtype != torch.float32 and args.axis == "key"
+    tiles = batch * -(-tokens // _TARGET_TILE)
+    if not on_tensor_cores or (key_heads > 1 and args.heads != "none" and tiles < _ALL_HEADS_TILES):
+        words += batch * key_heads * targets
     if args.lse is None:
-        tiles = -(-probes // _PROBE_TILE)
-        tile_words = 2 * batch * slots * _PROBE_TILE * -(-targets // _TARGET_SPLIT)
-        words += 2 * batch * slots * probes + min(tiles * tile_words, max(tile_words, _PART_WORDS))
+        parts = -(-probes // _PART)
+        splits = -(-targets // _TARGET_SPLIT)
+        part_words = 2 * batch * slots * _PART * splits
+        if on_tensor_cores and probes <= 2 * _PART and splits <= _JOINED_SPLITS:
+            words += parts * part_words
+        else:
+            words += 2 * batch * slots * probes
+            words += min(parts * part_words, max(part_words, _PART_WORDS))
     return torch.empty(words, dtype=torch.int32, device=device)
 
 

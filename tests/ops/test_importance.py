@@ -18,6 +18,8 @@ INF, NAN = math.inf, math.nan
 every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 native_backend = pytest.mark.parametrize("backend", NATIVE, ids=str)
 int32 = torch.int32
+# Emulated, 16 bit takes the tensor cores.
+each_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
 def vectors(
@@ -138,7 +140,7 @@ def assert_as_exact_as_torch(score: torch.Tensor, case: dict[str, Any]) -> None:
 
 
 FOLDS = [("mean", "mean"), ("sum", "max"), ("max", "sum"), ("max", "max"), ("mean", "none"), ("max", "none")]
-SIZES = [  # window, tokens: around the tiles of 12, 16, 32, 64 and the splits of 512
+SIZES = [  # window, tokens: around the tiles of 12, 16, 32, 64, 128, 192 and the splits of 512
     (1, 1),
     (1, 511),
     (3, 513),
@@ -151,6 +153,7 @@ SIZES = [  # window, tokens: around the tiles of 12, 16, 32, 64 and the splits o
     (64, 130),
     (65, 33),
     (130, 129),
+    (270, 200),
 ]
 
 
@@ -178,10 +181,11 @@ def test_head_widths(backend: Backend, width: int) -> None:
 
 
 @native_backend
+@each_precision
 @pytest.mark.parametrize(("rows", "heads"), FOLDS)
 @pytest.mark.parametrize("own", [True, False])
-def test_folds(backend: Backend, rows: str, heads: str, own: bool) -> None:
-    query, key = vectors(2, 37, 90, 9, 3, 24)
+def test_folds(backend: Backend, dtype: torch.dtype, rows: str, heads: str, own: bool) -> None:
+    query, key = (x.to(dtype) for x in vectors(2, 37, 90, 9, 3, 24))
     case: dict[str, Any] = {"query": query, "key": key, "rows": rows, "heads": heads}
     case["row_pos"] = torch.randint(-1, 92, (2, 37), dtype=int32)
     case["lens"] = torch.tensor([90, 70], dtype=int32)
@@ -192,8 +196,9 @@ def test_folds(backend: Backend, rows: str, heads: str, own: bool) -> None:
 
 
 @native_backend
-def test_large_logits(backend: Backend) -> None:
-    query, key = vectors(1, 20, 100, 4, 2, 64)
+@each_precision
+def test_large_logits(backend: Backend, dtype: torch.dtype) -> None:
+    query, key = (x.to(dtype) for x in vectors(1, 20, 100, 4, 2, 64))
     for factor in (30.0, 1e4, 1e8):  # soft, then one-hot
         case = {"query": factor * query, "key": key, "rows": "sum"}
         assert call(backend, case).isfinite().all()
@@ -261,29 +266,45 @@ EXACT = [
 
 
 @native_backend
+@each_precision
 @pytest.mark.parametrize("options", EXACT, ids=str)
-def test_padding_and_batch_change_nothing(backend: Backend, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("given", [True, False])
+def test_padding_and_batch_change_nothing(
+    backend: Backend, dtype: torch.dtype, options: dict[str, Any], given: bool
+) -> None:
     """Bit for bit: a row alone, in a batch, padded left, right, with ignored rows, or in longer buffers."""
     window, tokens, pads = 19, 77, [0, 13, 40]
-    query, key = vectors(3, window, tokens, 4, 2, 24)
+    if given and options.get("axis") == "query":
+        return
+    query, key = (x.to(dtype) for x in vectors(3, window, tokens, 4, 2, 24))
+    lse = torch.rand(3, 4, window) + 4 if given else None
     counts = [tokens, 64, 5]
     by_key = options.get("axis") != "query"
-    key_buffer = torch.full((3, 150, 2, 24), NAN)
-    query_buffer = torch.full((3, 45, 4, 24), NAN)
+    key_buffer = torch.full((3, 150, 2, 24), NAN, dtype=dtype)
+    query_buffer = torch.full((3, 45, 4, 24), NAN, dtype=dtype)
     row_pos = torch.full((3, 45), -1, dtype=int32)
     where = torch.randperm(45)[:window].sort().values
     query_buffer[:, where] = query
+    lse_buffer = None
+    if lse is not None:
+        lse_buffer = torch.full((3, 4, 45), NAN)
+        lse_buffer[:, :, where] = lse
     for b, (count, pad) in enumerate(zip(counts, pads, strict=True)):
         key_buffer[b, pad : pad + count] = key[b, :count]
         row_pos[b, where] = (pad + count - window + torch.arange(window)).clamp_min(-1).to(int32)
     leftpad = torch.tensor(pads, dtype=int32)
     lens = leftpad + torch.tensor(counts, dtype=int32)
+    bounds = {"row_pos": row_pos, "leftpad": leftpad, "lens": lens}
     together, seen = backend.importance(
-        query_buffer, key_buffer, row_pos=row_pos, leftpad=leftpad, lens=lens, return_visible=True, **options
+        query_buffer, key_buffer, lse=lse_buffer, return_visible=True, **bounds, **options
     )
     for b, (count, pad) in enumerate(zip(counts, pads, strict=True)):
         alone, visible = backend.importance(
-            query[b : b + 1], key[b : b + 1, :count], return_visible=True, **options
+            query[b : b + 1],
+            key[b : b + 1, :count],
+            lse=None if lse is None else lse[b : b + 1],
+            return_visible=True,
+            **options,
         )
         assert torch.equal(seen[b, pad : pad + count], visible[0])
         if by_key:
@@ -329,7 +350,7 @@ def test_empty(backend: Backend, axis: str, batch: int, window: int, tokens: int
 
 def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
     batch, rows, heads, width = x.shape
-    wide = torch.full((batch, rows + 3, heads + 2, 2 * width + 1), NAN)
+    wide = torch.full((batch, rows + 3, heads + 2, 2 * width + 1), NAN, dtype=x.dtype)
     wide[:, 2 : 2 + rows, 1 : 1 + heads, 5 : 5 + width] = x
     return {
         "heads_first": x.transpose(1, 2).contiguous().transpose(1, 2),
@@ -339,8 +360,9 @@ def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @every_backend
-def test_any_strides(backend: Backend) -> None:
-    query, key = vectors(2, 18, 40, 4, 2, 24)
+@each_precision
+def test_any_strides(backend: Backend, dtype: torch.dtype) -> None:
+    query, key = (x.to(dtype) for x in vectors(2, 18, 40, 4, 2, 24))
     for options in ({}, {"axis": "query"}):
         expected = backend.importance(query, key, **options)
         for name, other in layouts(query).items():
@@ -356,8 +378,11 @@ def test_any_strides(backend: Backend) -> None:
 @every_backend
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("options", [{}, {"rows": "max", "heads": "max"}, {"axis": "query"}], ids=str)
-def test_nan_stays_in_its_batch_row(backend: Backend, bad: float, options: dict[str, Any]) -> None:
-    query, key = vectors(3, 6, 30, 4, 2, 8)
+@each_precision
+def test_nan_stays_in_its_batch_row(
+    backend: Backend, bad: float, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    query, key = (x.to(dtype) for x in vectors(3, 6, 30, 4, 2, 8))
     clean = backend.importance(query, key, **options)
     for spoil in (query[1, 2, 3], key[1, 11, 0]):
         before = spoil.clone()
@@ -376,8 +401,9 @@ def test_nan_stays_in_its_batch_row(backend: Backend, bad: float, options: dict[
 
 
 @every_backend
-def test_nan_reaches_only_what_depends_on_it(backend: Backend) -> None:
-    query, key = vectors(1, 4, 20, 2, 1, 8)
+@each_precision
+def test_nan_reaches_only_what_depends_on_it(backend: Backend, dtype: torch.dtype) -> None:
+    query, key = (x.to(dtype) for x in vectors(1, 4, 20, 2, 1, 8))
     clean = backend.importance(query, key, rows="sum")
     # Row 1 stands at 17: its NaN reaches the keys up to there.
     query[0, 1, 0, 0] = NAN
@@ -386,7 +412,8 @@ def test_nan_reaches_only_what_depends_on_it(backend: Backend) -> None:
     assert score[0, 18:].isfinite().all()
     # Ignored rows and keys outside are not looked at.
     row_pos = torch.tensor([[16, -1, 18, 19]], dtype=int32)
-    key = torch.cat([torch.full((1, 3, 1, 8), NAN), key, torch.full((1, 2, 1, 8), INF)], dim=1)
+    around = torch.full((1, 3, 1, 8), NAN, dtype=dtype), torch.full((1, 2, 1, 8), INF, dtype=dtype)
+    key = torch.cat([around[0], key, around[1]], dim=1)
     pad, lens = torch.tensor([3], dtype=int32), torch.tensor([23], dtype=int32)
     options = {"leftpad": pad, "lens": lens, "rows": "sum"}
     score = backend.importance(

@@ -77,11 +77,11 @@ def test_raw_calls_are_checked(changed: dict[str, Any]) -> None:
             getattr(torch.ops, namespace).importance.default(*raw_arguments(Q, K, **changed))
 
 
-def least_words(query: torch.Tensor, key: torch.Tensor) -> int:
+def least_words(query: torch.Tensor, key: torch.Tensor, **changed: Any) -> int:
     """Words without which the emulated op refuses to run, from its message."""
     op = getattr(torch.ops, EMULATED_NAMESPACE).importance.default
     with pytest.raises((ValueError, RuntimeError), match="workspace: must be given") as caught:
-        op(*raw_arguments(query, key))
+        op(*raw_arguments(query, key, **changed))
     return int(str(caught.value).split("at least ")[1].split()[0])
 
 
@@ -102,7 +102,7 @@ def test_workspace_of_the_least_size_emulated() -> None:
         op(*raw_arguments(query, key, score=score, workspace=torch.full((size,), -1, dtype=torch.int32)))
         turns.append(control.launch_count("importance_lse") - before)
         scores.append(score)
-    assert turns == [3, 1]  # 2 x 70 probes are 3 tiles
+    assert turns == [2, 1]  # 2 x 70 probes are 2 parts of 128
     assert torch.equal(*scores)
 
 
@@ -135,27 +135,70 @@ def test_workspace_is_large_enough_and_no_matrix(axis: str, own: bool) -> None:
         assert workspace.numel() <= 5 * linear + parts + 3 * batch
 
 
-def test_the_least_workspace_is_what_the_wrapper_gives_at_least() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", ["mean", "none"])
+def test_the_wrapper_gives_at_least_the_least_workspace(dtype: torch.dtype, heads: str) -> None:
     load_emulation()
-    for window, tokens, heads in ((1, 1, 1), (3, 513, 2), (70, 64, 4), (5, 1025, 6)):
-        query, key = torch.randn(2, window, heads, 8), torch.randn(2, tokens, 1, 8)
-        options = dict.fromkeys(("lse", "scale", "row_pos", "lens", "leftpad"))
-        args = check_importance(query, key, causal=True, rows="sum", heads="sum", axis="key", **options)
-        with _library.use_namespace(EMULATED_NAMESPACE):
-            workspace = _workspace(args)
-        assert workspace is not None
-        assert workspace.numel() >= least_words(query, key)
+    for batch, window, tokens, group in (
+        (1, 1, 1, 1),
+        (2, 3, 513, 2),
+        (1, 70, 64, 4),
+        (1, 5, 1025, 6),
+        (3, 0, 7, 2),
+        (1, 2, 40000, 1),
+        (2, 300, 20, 1),
+        (270, 1, 3, 1),
+    ):
+        query = torch.empty(batch, window, 2 * group, 8, dtype=dtype)
+        key = torch.empty(batch, tokens, 2, 8, dtype=dtype)
+        for lse in (None, torch.empty(batch, 2 * group, window)):
+            for row_pos in (None, torch.empty(batch, window, dtype=torch.int32)):
+                given = {"lse": lse, "row_pos": row_pos, "heads": heads}
+                options = dict.fromkeys(("scale", "lens", "leftpad"))
+                args = check_importance(query, key, causal=True, rows="sum", axis="key", **given, **options)
+                with _library.use_namespace(EMULATED_NAMESPACE):
+                    workspace = _workspace(args)
+                assert workspace is not None
+                score = torch.empty((batch, 2, tokens) if heads == "none" else (batch, tokens))
+                least = least_words(query, key, score=score, **given)
+                assert workspace.numel() >= least
+                if lse is not None:
+                    assert workspace.numel() == least
 
 
-def test_kernels_run_emulated() -> None:
+LAUNCHES: list[tuple[dict[str, Any], list[str]]] = [
+    ({}, ["lse", "merge", "fold", "heads"]),
+    ({"lse": True}, ["fold", "heads"]),
+    ({"lse": True, "row_pos": True}, ["plan", "fold", "heads"]),
+    ({"half": True}, ["lse", "fold", "heads"]),
+    ({"half": True, "heads": "none"}, ["lse", "fold"]),
+    ({"half": True, "lse": True}, ["fold", "heads"]),
+    ({"half": True, "lse": True, "heads": "none", "row_pos": True}, ["fold"]),
+    ({"half": True, "lse": True, "batch": 300}, ["fold"]),
+    ({"half": True, "window": 140, "row_pos": True}, ["lse", "merge", "fold", "heads"]),
+    ({"half": True, "axis": "query", "row_pos": True}, ["plan", "lse", "merge", "fold", "heads"]),
+]
+
+
+@pytest.mark.parametrize(("case", "expected"), LAUNCHES)
+def test_launches_emulated(case: dict[str, Any], expected: list[str]) -> None:
+    """Which kernels run, and that each runs once."""
     load_emulation()
     control = Control(emulation_library())
-    names = ["plan", "visible", "lse", "merge", "fold", "heads"]
+    batch, window = case.get("batch", 2), case.get("window", 3)
+    dtype = torch.float16 if case.get("half") else torch.float32
+    query, key = torch.randn(batch, window, 4, 8).to(dtype), torch.randn(batch, 6, 2, 8).to(dtype)
+    options = {name: case[name] for name in ("heads", "axis") if name in case}
+    if case.get("lse"):
+        options["lse"] = torch.zeros(batch, 4, window)
+    if case.get("row_pos"):
+        options["row_pos"] = torch.zeros(batch, window, dtype=torch.int32)
+    names = ["plan", "lse", "merge", "fold", "heads"]
     before = [control.launch_count(f"importance_{name}") for name in names]
-    EMULATED.importance(Q, K)
-    EMULATED.importance(Q, K, lse=torch.zeros(2, 4, 3))
+    EMULATED.importance(query, key, **options)
     after = [control.launch_count(f"importance_{name}") for name in names]
-    assert [b - a for a, b in zip(before, after, strict=True)] == [2, 2, 1, 1, 2, 2]
+    ran = {name: b - a for name, a, b in zip(names, before, after, strict=True)}
+    assert ran == {name: int(name in expected) for name in names}
 
 
 @pytest.mark.parametrize("heads", ["mean", "none"])
