@@ -11,7 +11,7 @@
 //   keys    tokens go across the lanes: a 16 x 16 transposition of dwords, shared by all heads; the
 //           dword j of a token has codes 2 j w + k and 2 j w + k + w in its words, w = 16 / bits;
 //   values  the same word of two tokens is put side by side, channels stay across the lanes.
-// Both then take 2 codes of a word against up to 8 heads at a time: 16 sums, 3 vectors, 2 masks.
+// Both then take 2 vectors against up to 8 heads at a time: 16 sums, 4 vectors, a mask, a weight.
 #pragma once
 
 #include <cstdint>
@@ -40,20 +40,17 @@ constexpr float kWeightMin = 1e-30f;
 template <int bits>
 constexpr int kCodesPerWord = 16 / bits;
 
-// Codes k and k + 1 of every word, k even. The second stays where it is, and so is kNextStep times
-// too large: one instruction less, and its sums are kept apart. 8 bits have no room for that.
+// Code k of every word.
 template <int bits>
-constexpr float kNextStep = bits == 8 ? 1.0f : 1 << bits;
-
-template <int bits>
-LIGHTVLM_TARGET_AVX512_VNNI LIGHTVLM_INLINE __m512i code_of(__m512i words) {
+LIGHTVLM_TARGET_AVX512_VNNI LIGHTVLM_INLINE __m512i code_of(__m512i words, int k) {
+    if (k == kCodesPerWord<bits> - 1) return _mm512_srli_epi16(words, k * bits);
+    if (k > 0) words = _mm512_srli_epi32(words, k * bits);
     return _mm512_and_si512(words, _mm512_set1_epi16((1 << bits) - 1));
 }
 
-template <int bits>
-LIGHTVLM_TARGET_AVX512_VNNI LIGHTVLM_INLINE __m512i next_code_of(__m512i words) {
-    if constexpr (bits == 8) return _mm512_srli_epi16(words, 8);
-    return _mm512_and_si512(words, _mm512_set1_epi16(((1 << bits) - 1) << bits));
+// As _mm512_dpwssd_epi32, around which GCC 12 moves every sum to another register and back.
+LIGHTVLM_TARGET_AVX512_VNNI LIGHTVLM_INLINE void add_products(__m512i& sum, __m512i a, __m512i b) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 
 // What a row of weights is multiplied with to become whole numbers, and their step. NaN and
@@ -118,38 +115,38 @@ LIGHTVLM_TARGET_AVX512_VNNI void fold_query(const Span& span, const float* query
     }
 }
 
-// 16 tokens against kHeads heads.
+// 32 tokens against kHeads heads.
 template <int bits, int kHeads>
 LIGHTVLM_TARGET_AVX512_VNNI void score_tokens(const uint32_t* dwords, const PackedQuery& query,
                                               int64_t count, float* scores) {
     constexpr int kCodes = kCodesPerWord<bits>;
     __m512i sums[kHeads][2];
+#pragma GCC unroll 8
     for (int h = 0; h < kHeads; ++h) sums[h][0] = sums[h][1] = _mm512_setzero_si512();
     for (int64_t j = 0; j < count; ++j) {
-        __m512i words = _mm512_load_si512(dwords + j * 16);
+        const __m512i first = _mm512_load_si512(dwords + j * 32);
+        const __m512i second = _mm512_load_si512(dwords + j * 32 + 16);
         const uint32_t* weight = query.weight + j * kHeadTile * kCodes;
 #pragma GCC unroll 8
-        for (int k = 0; k < kCodes; k += 2) {
-            const __m512i a = code_of<bits>(words);
-            const __m512i b = next_code_of<bits>(words);
-            words = _mm512_srli_epi32(words, 2 * bits);
+        for (int k = 0; k < kCodes; ++k) {
+            const __m512i a = code_of<bits>(first, k);
+            const __m512i b = code_of<bits>(second, k);
 #pragma GCC unroll 8
             for (int h = 0; h < kHeads; ++h) {
-                const uint32_t* w = weight + h * kCodes + k;
-                sums[h][0] =
-                    _mm512_dpwssd_epi32(sums[h][0], a, _mm512_set1_epi32(static_cast<int>(w[0])));
-                sums[h][1] =
-                    _mm512_dpwssd_epi32(sums[h][1], b, _mm512_set1_epi32(static_cast<int>(w[1])));
+                const __m512i w = _mm512_set1_epi32(static_cast<int>(weight[h * kCodes + k]));
+                add_products(sums[h][0], a, w);
+                add_products(sums[h][1], b, w);
             }
         }
     }
-    const __m512 next = _mm512_set1_ps(1.0f / kNextStep<bits>);
+#pragma GCC unroll 8
     for (int h = 0; h < kHeads; ++h) {
-        const __m512 sum =
-            _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[h][1]), next, _mm512_cvtepi32_ps(sums[h][0]));
-        _mm512_storeu_ps(
-            scores + h * kScorePitch,
-            _mm512_fmadd_ps(sum, _mm512_set1_ps(query.step[h]), _mm512_set1_ps(query.zero[h])));
+        const __m512 step = _mm512_set1_ps(query.step[h]);
+        const __m512 zero = _mm512_set1_ps(query.zero[h]);
+        for (int i = 0; i < 2; ++i) {
+            _mm512_storeu_ps(scores + h * kScorePitch + 16 * i,
+                             _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[h][i]), step, zero));
+        }
     }
 }
 
@@ -157,10 +154,8 @@ template <int bits, int kHeads>
 LIGHTVLM_TARGET_AVX512_VNNI void score_span(const Span& span, const PackedQuery& query,
                                             uint32_t* dwords, float* scores) {
     const int64_t row_bytes = span.channels * bits / 8;
-    for (int n = 0; n < span.tokens; n += 16) {
-        const int left = span.tokens - n;
-        transpose_rows<1>(span.key + n * span.key_stride, span.key_stride, left < 16 ? left : 16,
-                          row_bytes, dwords);
+    for (int n = 0; n < span.tokens; n += 32) {
+        transpose_rows(span, n, row_bytes, dwords);
         score_tokens<bits, kHeads>(dwords, query, row_bytes / 4, scores + n);
     }
 }
@@ -227,26 +222,26 @@ template <int bits, int kHeads, int first>
 LIGHTVLM_TARGET_AVX512_VNNI void sum_codes(const __m512i* pairs, int count, const int16_t* weight,
                                            float* sums) {
     __m512i sum[kHeads][2];
+#pragma GCC unroll 8
     for (int h = 0; h < kHeads; ++h) sum[h][0] = sum[h][1] = _mm512_setzero_si512();
     for (int i = 0; i < count; ++i) {
-        __m512i words = _mm512_load_si512(pairs + i);
-        if constexpr (first > 0) words = _mm512_srli_epi32(words, first * bits);
-        const __m512i a = code_of<bits>(words);
-        const __m512i b = next_code_of<bits>(words);
+        const __m512i words = _mm512_load_si512(pairs + i);
+        const __m512i a = code_of<bits>(words, first);
+        const __m512i b = code_of<bits>(words, first + 1);
 #pragma GCC unroll 8
         for (int h = 0; h < kHeads; ++h) {
             int pair;
             std::memcpy(&pair, weight + h * kSpanTokens + 2 * i, 4);
             const __m512i w = _mm512_set1_epi32(pair);
-            sum[h][0] = _mm512_dpwssd_epi32(sum[h][0], a, w);
-            sum[h][1] = _mm512_dpwssd_epi32(sum[h][1], b, w);
+            add_products(sum[h][0], a, w);
+            add_products(sum[h][1], b, w);
         }
     }
-    const __m512 next = _mm512_set1_ps(1.0f / kNextStep<bits>);
+#pragma GCC unroll 8
     for (int h = 0; h < kHeads; ++h) {
         float* to = sums + (h * kCodesPerWord<bits> + first) * 16;
         _mm512_store_ps(to, _mm512_cvtepi32_ps(sum[h][0]));
-        _mm512_store_ps(to + 16, _mm512_mul_ps(_mm512_cvtepi32_ps(sum[h][1]), next));
+        _mm512_store_ps(to + 16, _mm512_cvtepi32_ps(sum[h][1]));
     }
     if constexpr (first + 2 < kCodesPerWord<bits>) {
         sum_codes<bits, kHeads, first + 2>(pairs, count, weight, sums);
@@ -282,6 +277,7 @@ LIGHTVLM_TARGET_AVX512_VNNI void value_span(const Span& span, const PackedWeight
         if (c % 2 == 0) pair_rows(span, row_bytes, c, pairs);
         sum_codes<bits, kHeads, 0>(pairs + c % 2 * (kSpanTokens / 2), (span.tokens + 1) / 2,
                                    weights.weight, sums);
+#pragma GCC unroll 8
         for (int h = 0; h < kHeads; ++h) {
             const int64_t first = c * kCodes * 16;
             alignas(64) float row[kCodes * 16];
@@ -313,7 +309,7 @@ LIGHTVLM_INLINE void dispatch_bits(int bits, const Fn& fn) {
 
 // How work is used.
 struct PackedWork {
-    alignas(64) uint32_t dwords[kMaxChannels / 4 * 16];
+    alignas(64) uint32_t dwords[kMaxChannels / 4 * 32];
     alignas(64) __m512i pairs[kSpanTokens];
     PackedWeights weights;
     PackedQuery query;

@@ -18,35 +18,40 @@
 
 namespace lightvlm::decode_detail {
 
-// 16 tokens' rows to dwords[j * 16 * kGroups + token]; row_bytes is a multiple of 8. Rows from
-// `count` on repeat the last.
-template <int kGroups>
-LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void transpose_rows(const char* rows, int64_t stride,
-                                                           int count, int64_t row_bytes,
-                                                           uint32_t* dwords) {
-    const char* row[16];
-    for (int n = 0; n < 16; ++n) row[n] = rows + (n < count ? n : count - 1) * stride;
-    for (int64_t at = 0; at < row_bytes; at += 16) {
-        // Lane L of rows[i] gets row i + 4 L.
-        const __mmask8 some = row_bytes - at >= 16 ? 0xf : 0x3;
-        __m512i four[4];
-        for (int i = 0; i < 4; ++i) {
-            four[i] = _mm512_castsi128_si512(_mm_maskz_loadu_epi32(some, row[i] + at));
-            four[i] = _mm512_inserti32x4(four[i], _mm_maskz_loadu_epi32(some, row[i + 4] + at), 1);
-            four[i] = _mm512_inserti32x4(four[i], _mm_maskz_loadu_epi32(some, row[i + 8] + at), 2);
-            four[i] = _mm512_inserti32x4(four[i], _mm_maskz_loadu_epi32(some, row[i + 12] + at), 3);
+// Rows of keys [first, first + 32) to dwords[j * 32 + token]; row_bytes is a multiple of 8. Rows
+// past the span's repeat the last; the second 16 are left out where all are.
+LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void transpose_rows(const Span& span, int first,
+                                                           int64_t row_bytes, uint32_t* dwords) {
+    for (int begin = first; begin < first + 32 && begin < span.tokens; begin += 16) {
+        const char* row[16];
+        for (int i = 0; i < 16; ++i) {
+            const int n = begin + i < span.tokens ? begin + i : span.tokens - 1;
+            row[i] = span.key + n * span.key_stride;
         }
-        const __m512i low01 = _mm512_unpacklo_epi32(four[0], four[1]);
-        const __m512i high01 = _mm512_unpackhi_epi32(four[0], four[1]);
-        const __m512i low23 = _mm512_unpacklo_epi32(four[2], four[3]);
-        const __m512i high23 = _mm512_unpackhi_epi32(four[2], four[3]);
-        constexpr int kPitch = 16 * kGroups;
-        uint32_t* to = dwords + at / 4 * kPitch;
-        _mm512_store_si512(to, _mm512_unpacklo_epi64(low01, low23));
-        _mm512_store_si512(to + kPitch, _mm512_unpackhi_epi64(low01, low23));
-        if (some == 0x3) continue;
-        _mm512_store_si512(to + 2 * kPitch, _mm512_unpacklo_epi64(high01, high23));
-        _mm512_store_si512(to + 3 * kPitch, _mm512_unpackhi_epi64(high01, high23));
+        uint32_t* to = dwords + (begin - first);
+        for (int64_t at = 0; at < row_bytes; at += 16, to += 4 * 32) {
+            // Lane L of four[i] gets row i + 4 L.
+            const __mmask8 some = row_bytes - at >= 16 ? 0xf : 0x3;
+            __m512i four[4];
+            for (int i = 0; i < 4; ++i) {
+                four[i] = _mm512_castsi128_si512(_mm_maskz_loadu_epi32(some, row[i] + at));
+                four[i] =
+                    _mm512_inserti32x4(four[i], _mm_maskz_loadu_epi32(some, row[i + 4] + at), 1);
+                four[i] =
+                    _mm512_inserti32x4(four[i], _mm_maskz_loadu_epi32(some, row[i + 8] + at), 2);
+                four[i] =
+                    _mm512_inserti32x4(four[i], _mm_maskz_loadu_epi32(some, row[i + 12] + at), 3);
+            }
+            const __m512i low01 = _mm512_unpacklo_epi32(four[0], four[1]);
+            const __m512i high01 = _mm512_unpackhi_epi32(four[0], four[1]);
+            const __m512i low23 = _mm512_unpacklo_epi32(four[2], four[3]);
+            const __m512i high23 = _mm512_unpackhi_epi32(four[2], four[3]);
+            _mm512_store_si512(to, _mm512_unpacklo_epi64(low01, low23));
+            _mm512_store_si512(to + 32, _mm512_unpackhi_epi64(low01, low23));
+            if (some == 0x3) continue;
+            _mm512_store_si512(to + 64, _mm512_unpacklo_epi64(high01, high23));
+            _mm512_store_si512(to + 96, _mm512_unpackhi_epi64(high01, high23));
+        }
     }
 }
 
