@@ -18,6 +18,8 @@ import torch
 
 from .cases import Case
 
+_TURNS, _LONG_ENOUGH = 9, 0.1  # at least so many, and so many seconds
+
 
 class Ceilings(Protocol):
     """What a device can do at most."""
@@ -143,15 +145,16 @@ def _side(device: torch.device) -> int:
     return 8192 if device.type == "cuda" else 1024
 
 
-def _fastest(call: Callable[[], object], device: torch.device, turns: int = 9) -> float:
-    """Seconds of the fastest of some turns: a ceiling is what can be reached at all."""
-    seconds = []
-    for _ in range(turns):
+def _fastest(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of some turns, as a ceiling is what can be reached at all; more turns of a short call."""
+    fastest, turns, begin = float("inf"), 0, time.perf_counter()
+    while turns < _TURNS or (time.perf_counter() - begin < _LONG_ENOUGH and turns < 50 * _TURNS):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        fastest = min(fastest, time.perf_counter() - start)
+        turns += 1
+    return fastest
