@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from . import compact_kv, gather_tokens, importance, merge_tokens, select
+from . import compact_kv, compact_paged_kv, gather_tokens, importance, merge_tokens, select
 from ._case import MODELS, Case, Geometry, Sizes
 
 __all__ = ["CASES", "MODELS", "Case", "Geometry", "Sizes"]
 
 CASES: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "compact_kv_": compact_kv.cases,
+    "compact_paged_kv_": compact_paged_kv.cases,
     "gather_tokens": gather_tokens.cases,
     "importance": importance.cases,
     "merge_tokens": merge_tokens.cases,
