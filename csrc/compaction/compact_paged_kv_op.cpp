@@ -157,6 +157,7 @@ void compact_paged_kv_op(
         all.push_back({&freed_count[t], numbered("freed_count", t), true});
     }
     for (int64_t i = 0; i < indexes; ++i) {
+        rows[i].tokens = in[of[i]].blocks * in[of[i]].page_tokens;
         all.push_back({&index[i], numbered("index", i), false});
         all.push_back({&count[i], numbered("count", i), false});
     }
