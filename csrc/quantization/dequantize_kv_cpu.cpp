@@ -5,7 +5,7 @@
 #include "common/multiversion.h"
 #include "common/parallel.h"
 #include "quantization/dequantize_kv.h"
-#include "quantization/quantize_numbers.h"
+#include "quantization/packed_vector_cpu.h"
 
 namespace lightvlm {
 
@@ -13,17 +13,12 @@ namespace {
 
 constexpr int64_t kTileTokens = 64;
 
-// A row's bytes to its first `width` codes, as numbers.
-template <int kBits>
-LIGHTVLM_INLINE void unpack_row(const uint8_t* row, int64_t width, float* codes) {
-    constexpr int kPerByte = 8 / kBits;
-    constexpr unsigned kMask = (1u << kBits) - 1;
-    for (int64_t i = 0; i < width / kPerByte; ++i) {
-        for (int j = 0; j < kPerByte; ++j) {
-            codes[i * kPerByte + j] = static_cast<float>(row[i] >> (j * kBits) & kMask);
-        }
-    }
-}
+using quantize_detail::FloatVector;
+using quantize_detail::kVectorLanes;
+using quantize_detail::load_codes;
+using quantize_detail::load_vector;
+using quantize_detail::multiply_add;
+using quantize_detail::store_vector;
 
 template <typename T, int kBits>
 struct UnpackKeys {
@@ -31,12 +26,15 @@ struct UnpackKeys {
     static LIGHTVLM_INLINE void run(const uint8_t* codes, int64_t codes_stride, int64_t count,
                                     int64_t width, const float* scale, const float* zero, T* key,
                                     int64_t key_stride) {
-        alignas(64) float code[kPackedMaxHeadDim];
+        constexpr int kLanes = kVectorLanes<level>;
         for (int64_t n = 0; n < count; ++n) {
-            unpack_row<kBits>(codes + n * codes_stride, width, code);
+            const uint8_t* row = codes + n * codes_stride;
             T* out = key + n * key_stride;
-            for (int64_t d = 0; d < width; ++d) {
-                out[d] = from_float<T>(unpacked_key(code[d], scale[d], zero[d]));
+            for (int64_t d = 0; d < width; d += kLanes) {
+                const auto code = load_codes<kBits, kLanes>(row, d);
+                store_vector<kLanes>(multiply_add<level>(load_vector<kLanes>(scale + d), code,
+                                                         load_vector<kLanes>(zero + d)),
+                                     out + d);
             }
         }
     }
@@ -48,14 +46,19 @@ struct UnpackValues {
     static LIGHTVLM_INLINE void run(const uint8_t* codes, int64_t codes_stride, int64_t count,
                                     int64_t width, const half_t* token, int64_t token_stride,
                                     const float* channel, T* value, int64_t value_stride) {
-        alignas(64) float code[kPackedMaxHeadDim];
+        constexpr int kLanes = kVectorLanes<level>;
         for (int64_t n = 0; n < count; ++n) {
-            unpack_row<kBits>(codes + n * codes_stride, width, code);
-            const float scale = to_float(token[n * token_stride]);
-            const float zero = to_float(token[n * token_stride + 1]);
+            const uint8_t* row = codes + n * codes_stride;
             T* out = value + n * value_stride;
-            for (int64_t d = 0; d < width; ++d) {
-                out[d] = from_float<T>(unpacked_value(code[d], scale, zero, channel[d]));
+            const FloatVector<kLanes> scale =
+                FloatVector<kLanes>{} + to_float(token[n * token_stride]);
+            const FloatVector<kLanes> zero =
+                FloatVector<kLanes>{} + to_float(token[n * token_stride + 1]);
+            for (int64_t d = 0; d < width; d += kLanes) {
+                const auto code = load_codes<kBits, kLanes>(row, d);
+                store_vector<kLanes>(
+                    load_vector<kLanes>(channel + d) * multiply_add<level>(scale, code, zero),
+                    out + d);
             }
         }
     }

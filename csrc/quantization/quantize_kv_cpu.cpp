@@ -20,9 +20,11 @@ using quantize_detail::Extremes;
 using quantize_detail::Rows;
 
 constexpr int64_t kPartTokens = 256;
-constexpr int64_t kTileTokens = 64;
-// Tokens of one head that are looked at before those of the next, where heads lie side by side.
-constexpr int64_t kGroupTokens = 8;
+constexpr int64_t kTileTokens = 128;
+// Tokens of one head that are looked at before those of the next: few where heads lie side by side
+// in memory, all of the part or tile where each has a place of its own, so that memory is read in
+// order.
+constexpr int64_t kSideBySideTokens = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -33,7 +35,8 @@ class Quantize {
         : params_(params),
           parts_(ceil_div(std::min(params.block, params.tokens), kPartTokens)),
           heads_(params.heads),
-          heads_side_by_side_(params.key_strides.token > params.key_strides.head) {}
+          group_(params.key_strides.token > params.key_strides.head ? kSideBySideTokens
+                                                                    : kPartTokens) {}
 
     Status run() {
         FirstError error;
@@ -105,11 +108,10 @@ class Quantize {
             valid(b, first, std::clamp<int64_t>(block_tokens(block) - skipped, 0, kPartTokens));
         Extremes<T>* extremes = &extremes_[item * heads_];
         for (int64_t h = 0; h < heads_; ++h) extremes[h].clear();
-        const int64_t group = heads_side_by_side_ ? kGroupTokens : kPartTokens;
-        for (int64_t n = 0; n < count; n += group) {
+        for (int64_t n = 0; n < count; n += group_) {
             for (int64_t h = 0; h < heads_; ++h) {
                 multiversion<quantize_detail::RaiseExtremes<T>>(
-                    key(b, h, first + n), value(b, h, first + n), std::min(group, count - n),
+                    key(b, h, first + n), value(b, h, first + n), std::min(group_, count - n),
                     params_.head_dim, &extremes[h]);
             }
         }
@@ -212,10 +214,9 @@ class Quantize {
         const int64_t last =
             first + std::clamp<int64_t>(block_tokens(block) - skipped, 0, kTileTokens);
         const int64_t end = first + valid(b, first, last - first);
-        const int64_t group = heads_side_by_side_ ? kGroupTokens : kTileTokens;
-        for (int64_t n = first; n < end; n += group) {
+        for (int64_t n = first; n < end; n += group_) {
             for (int64_t h = 0; h < heads_; ++h) {
-                pack_rows<kBits>(b, h, n, std::min(group, end - n),
+                pack_rows<kBits>(b, h, n, std::min(group_, end - n),
                                  numbers_[batch_block * heads_ + h]);
             }
         }
@@ -254,7 +255,7 @@ class Quantize {
     const QuantizeKvParams& params_;
     const int64_t parts_;  // of a block
     const int64_t heads_;
-    const bool heads_side_by_side_;
+    const int64_t group_;                  // tokens of one head at a time
     std::vector<Extremes<T>> extremes_;    // [batch, blocks, parts, heads]
     std::vector<ChannelNumbers> numbers_;  // [batch, blocks, heads]
 };

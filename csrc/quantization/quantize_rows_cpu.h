@@ -7,13 +7,10 @@
 #include <limits>
 #include <type_traits>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "common/float16.cuh"
 #include "common/multiversion.h"
 #include "quantization/packed_kv.h"
+#include "quantization/packed_vector_cpu.h"
 #include "quantization/quantize_kv.h"
 #include "quantization/quantize_numbers.h"
 
@@ -63,16 +60,40 @@ struct Rows {
     int64_t stride;
 };
 
+// Brings in a row some tokens ahead: the hardware follows one head's rows only where they lie in
+// one piece. An address past the end does no harm.
+template <typename T>
+LIGHTVLM_INLINE void prefetch_row(const T* row, int64_t width) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + d);
+}
+
+// How many tokens ahead: the next group of this head's.
+constexpr int64_t kPrefetchTokens = 8;
+
 template <typename T>
 struct RaiseExtremes {
     // Takes `count` tokens into the extremes of the first `width` channels.
     template <CpuLevel level>
     static LIGHTVLM_INLINE void run(Rows<T> key, Rows<T> value, int64_t count, int64_t width,
                                     Extremes<T>* extremes) {
-        int64_t d = 0;
-        for (; d + 32 <= width; d += 32) columns<32>(key, value, count, d, *extremes);
-        for (; d < width; d += 16) columns<16>(key, value, count, d, *extremes);
+        for (int64_t n = 0; n < count; n += kRows) {
+            const Rows<T> keys{key.data + n * key.stride, key.stride};
+            const Rows<T> values{value.data + n * value.stride, value.stride};
+            const int64_t rows = count - n < kRows ? count - n : kRows;
+            for (int64_t r = 0; r < rows; ++r) {
+                prefetch_row(keys.data + (r + kPrefetchTokens) * key.stride, width);
+                prefetch_row(values.data + (r + kPrefetchTokens) * value.stride, width);
+            }
+            int64_t d = 0;
+            for (; d + 32 <= width; d += 32) columns<32>(keys, values, rows, d, *extremes);
+            for (; d < width; d += 16) columns<16>(keys, values, rows, d, *extremes);
+        }
     }
+
+    // Rows that are read side by side: the more, the less often extremes are loaded and stored, but
+    // the more streams there are for the hardware to follow.
+    static constexpr int64_t kRows = 4;
 
     template <int kLanes>
     static LIGHTVLM_INLINE void columns(Rows<T> key, Rows<T> value, int64_t count, int64_t d,
@@ -105,24 +126,11 @@ struct RaiseExtremes {
     }
 };
 
-// Codes of one token to a row of packed_row_bytes(); those past width are 0 already.
-template <int kBits>
-LIGHTVLM_INLINE void pack_row(const uint8_t* codes, int64_t row_bytes, uint8_t* row) {
-    constexpr int kPerByte = 8 / kBits;
-    for (int64_t i = 0; i < row_bytes; ++i) {
-        unsigned byte = 0;
-        for (int j = 0; j < kPerByte; ++j) {
-            byte |= static_cast<unsigned>(codes[i * kPerByte + j]) << (j * kBits);
-        }
-        row[i] = static_cast<uint8_t>(byte);
-    }
-}
-
 // What the codes of a head's block are made with, by channel.
 struct ChannelNumbers {
-    float half_zero[kPackedMaxHeadDim];
-    float inverse[kPackedMaxHeadDim];
-    float weight[kPackedMaxHeadDim];  // 1 / value_channel
+    alignas(64) float half_zero[kPackedMaxHeadDim];
+    alignas(64) float inverse[kPackedMaxHeadDim];
+    alignas(64) float weight[kPackedMaxHeadDim];  // 1 / value_channel
 };
 
 template <typename T, int kBits>
@@ -131,61 +139,131 @@ struct PackKeys {
     static LIGHTVLM_INLINE void run(Rows<T> key, int64_t count, int64_t width,
                                     const ChannelNumbers* numbers, uint8_t* out,
                                     int64_t out_stride) {
-        alignas(64) uint8_t codes[kPackedMaxHeadDim] = {};
-        const int64_t row_bytes = packed_row_bytes(width, kBits);
+        constexpr int kLanes = kVectorLanes<level>;
+        using Vector = FloatVector<kLanes>;
         for (int64_t n = 0; n < count; ++n) {
             const T* row = key.data + n * key.stride;
-            for (int64_t d = 0; d < width; ++d) {
-                const float at =
-                    key_level(to_float(row[d]), numbers->half_zero[d], numbers->inverse[d]);
-                codes[d] = static_cast<uint8_t>(code_of(at));
+            prefetch_row(row + kPrefetchTokens * key.stride, width);
+            uint8_t* row_out = out + n * out_stride;
+            for (int64_t d = 0; d < width; d += kCodeGroup) {
+                Vector levels[kCodeGroup / kLanes];
+                for (int i = 0; i < kCodeGroup / kLanes; ++i) {
+                    const int64_t at = d + i * kLanes;
+                    const Vector half = load_vector<kLanes>(row + at) * 0.5f;
+                    levels[i] = (half - load_vector<kLanes>(numbers->half_zero + at)) *
+                                load_vector<kLanes>(numbers->inverse + at);
+                }
+                store_group<kBits, kLanes>(levels, row_out + d * kBits / 8);
             }
-            pack_row<kBits>(codes, row_bytes, out + n * out_stride);
+            clear_past(width, kBits, row_out);
         }
     }
 };
 
+// The ValueToken of a few tokens, and the extremes that it comes from.
+constexpr int kValueRows = 8;
+struct ValueTokens {
+    alignas(32) float low[kValueRows];
+    alignas(32) float high[kValueRows];
+    alignas(32) float zero_value[kValueRows];
+    alignas(32) float inverse[kValueRows];
+    alignas(16) half_t scale[kValueRows];
+    alignas(16) half_t zero[kValueRows];
+};
+
+// From low and high the rest, as value_token_of().
+template <CpuLevel level>
+LIGHTVLM_INLINE void find_value_tokens(float levels, ValueTokens& tokens) {
+#if defined(__x86_64__)
+    if constexpr (level >= CpuLevel::kAvx2) {
+        static_assert(kValueRows == 8);
+        constexpr int kDown = 1;
+        constexpr int kUp = 2;
+        using Vector = FloatVector<8>;
+        const Vector low = load_vector<8>(tokens.low) + 0.0f;
+        const Vector high = load_vector<8>(tokens.high) + 0.0f;
+        const auto zero = __builtin_ia32_vcvtps2ph256(low, kDown);
+        const Vector zero_value = __builtin_ia32_vcvtph2ps256(zero);
+        const Vector spread = (high - zero_value) * (1.0f / levels);
+        const auto scale = __builtin_ia32_vcvtps2ph256(spread, kUp);
+        const Vector scale_value = __builtin_ia32_vcvtph2ps256(scale);
+        const Vector inverse = scale_value > 0.0f ? 1.0f / scale_value : Vector{};
+        std::memcpy(tokens.zero, &zero, sizeof(zero));
+        std::memcpy(tokens.scale, &scale, sizeof(scale));
+        std::memcpy(tokens.zero_value, &zero_value, sizeof(zero_value));
+        std::memcpy(tokens.inverse, &inverse, sizeof(inverse));
+        return;
+    }
+#endif
+    for (int r = 0; r < kValueRows; ++r) {
+        const ValueToken one = value_token_of(tokens.low[r], tokens.high[r], levels);
+        tokens.scale[r] = one.scale;
+        tokens.zero[r] = one.zero;
+        tokens.zero_value[r] = one.zero_value;
+        tokens.inverse[r] = one.inverse;
+    }
+}
+
 template <typename T, int kBits>
 struct PackValues {
+    // kValueRows tokens at a time: their numbers are found together.
     template <CpuLevel level>
     static LIGHTVLM_INLINE void run(Rows<T> value, int64_t count, int64_t width,
                                     const ChannelNumbers* numbers, uint8_t* out, int64_t out_stride,
                                     half_t* token, int64_t token_stride) {
-        constexpr int kLanes = 16;
         constexpr auto kLevels = static_cast<float>((1 << kBits) - 1);
-        alignas(64) float shared[kPackedMaxHeadDim];
-        alignas(64) uint8_t codes[kPackedMaxHeadDim] = {};
-        const int64_t row_bytes = packed_row_bytes(width, kBits);
-        for (int64_t n = 0; n < count; ++n) {
-            const T* row = value.data + n * value.stride;
-            float low[kLanes];
-            float high[kLanes];
-            for (int i = 0; i < kLanes; ++i) {
-                low[i] = high[i] = rounded_product(to_float(row[i]), numbers->weight[i]);
+        alignas(64) float shared[kValueRows][kPackedMaxHeadDim];
+        ValueTokens tokens = {};
+        for (int64_t n = 0; n < count; n += kValueRows) {
+            const int64_t rows = count - n < kValueRows ? count - n : kValueRows;
+            for (int64_t r = 0; r < rows; ++r) {
+                const T* row = value.data + (n + r) * value.stride;
+                prefetch_row(row + kPrefetchTokens * value.stride, width);
+                share<level>(row, width, numbers->weight, shared[r], &tokens.low[r],
+                             &tokens.high[r]);
             }
-            for (int64_t d = 0; d < width; d += kLanes) {
-                for (int i = 0; i < kLanes; ++i) {
-                    const float one = rounded_product(to_float(row[d + i]), numbers->weight[d + i]);
-                    shared[d + i] = one;
-                    low[i] = one < low[i] ? one : low[i];
-                    high[i] = one > high[i] ? one : high[i];
-                }
+            find_value_tokens<level>(kLevels, tokens);
+            for (int64_t r = 0; r < rows; ++r) {
+                token[(n + r) * token_stride] = tokens.scale[r];
+                token[(n + r) * token_stride + 1] = tokens.zero[r];
+                pack<level>(shared[r], width, tokens.zero_value[r], tokens.inverse[r],
+                            out + (n + r) * out_stride);
             }
-            for (int half = kLanes / 2; half > 0; half /= 2) {
-                for (int i = 0; i < half; ++i) {
-                    low[i] = low[i + half] < low[i] ? low[i + half] : low[i];
-                    high[i] = high[i + half] > high[i] ? high[i + half] : high[i];
-                }
-            }
-            const ValueToken pair = value_token_of(low[0], high[0], kLevels);
-            token[n * token_stride] = pair.scale;
-            token[n * token_stride + 1] = pair.zero;
-            for (int64_t d = 0; d < width; ++d) {
-                const float at = rounded_product(shared[d] - pair.zero_value, pair.inverse);
-                codes[d] = static_cast<uint8_t>(code_of(at));
-            }
-            pack_row<kBits>(codes, row_bytes, out + n * out_stride);
         }
+    }
+
+    // A row in units of value_channel, and its extremes.
+    template <CpuLevel level>
+    static LIGHTVLM_INLINE void share(const T* row, int64_t width, const float* weight,
+                                      float* shared, float* lowest, float* highest) {
+        constexpr int kLanes = kVectorLanes<level>;
+        using Vector = FloatVector<kLanes>;
+        Vector low = load_vector<kLanes>(row) * load_vector<kLanes>(weight);
+        Vector high = low;
+        for (int64_t d = 0; d < width; d += kLanes) {
+            const Vector one = load_vector<kLanes>(row + d) * load_vector<kLanes>(weight + d);
+            std::memcpy(shared + d, &one, sizeof(one));
+            low = one < low ? one : low;
+            high = one > high ? one : high;
+        }
+        *lowest = fold_lanes<kLanes>(
+            low, [](auto a, auto b) LIGHTVLM_INLINE_LAMBDA { return a < b ? a : b; });
+        *highest = fold_lanes<kLanes>(
+            high, [](auto a, auto b) LIGHTVLM_INLINE_LAMBDA { return a > b ? a : b; });
+    }
+
+    template <CpuLevel level>
+    static LIGHTVLM_INLINE void pack(const float* shared, int64_t width, float zero, float inverse,
+                                     uint8_t* out) {
+        constexpr int kLanes = kVectorLanes<level>;
+        for (int64_t d = 0; d < width; d += kCodeGroup) {
+            FloatVector<kLanes> levels[kCodeGroup / kLanes];
+            for (int i = 0; i < kCodeGroup / kLanes; ++i) {
+                levels[i] = (load_vector<kLanes>(shared + d + i * kLanes) - zero) * inverse;
+            }
+            store_group<kBits, kLanes>(levels, out + d * kBits / 8);
+        }
+        clear_past(width, kBits, out);
     }
 };
 
