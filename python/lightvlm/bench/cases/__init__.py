@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from . import compact_kv, compact_paged_kv, gather_tokens, importance, merge_tokens, select
+from . import compact_kv, compact_paged_kv, gather_tokens, importance, merge_tokens, quantize_kv, select
 from ._case import MODELS, Case, Geometry, Sizes
 
 __all__ = ["CASES", "MODELS", "Case", "Geometry", "Sizes"]
@@ -12,8 +12,10 @@ __all__ = ["CASES", "MODELS", "Case", "Geometry", "Sizes"]
 CASES: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "compact_kv_": compact_kv.cases,
     "compact_paged_kv_": compact_paged_kv.cases,
+    "dequantize_kv": quantize_kv.dequantize_cases,
     "gather_tokens": gather_tokens.cases,
     "importance": importance.cases,
     "merge_tokens": merge_tokens.cases,
+    "quantize_kv": quantize_kv.quantize_cases,
     "select": select.cases,
 }
