@@ -2,7 +2,8 @@
 
 A tensor moves with its whole storage and keeps offset, shape and strides. So views of one buffer stay views of one
 buffer, padding between rows stays where it was, and an unaligned pointer stays unaligned: what an op sees on the
-device is what the test made.
+device is what the test made. Of a storage of more than LARGE bytes only what tensors show is copied, the rest being
+memory that nothing was meant to touch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+LARGE = 1 << 30
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -37,6 +40,7 @@ class Transfer:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pairs: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
+        self._views: list[tuple[Tensor, Tensor]] = []  # of large storages
         self._there: dict[int, torch.UntypedStorage] = {}  # by address of torch's storage object
         self._here: dict[int, torch.UntypedStorage] = {}
 
@@ -47,7 +51,10 @@ class Transfer:
     def write_back(self) -> None:
         """Gives the tensors here the content that theirs have there."""
         for here, there in self._pairs:
-            here.copy_(there)
+            if here.nbytes() <= LARGE:
+                here.copy_(there)
+        for view, moved in self._views:
+            view.copy_(moved)
 
     def back(self, value: Any) -> Any:
         """`value`, which a call returned, with its tensors here; one that shares memory with an argument still does."""
@@ -60,11 +67,16 @@ class Transfer:
         there = self._there.get(here._cdata)
         if there is None:
             there = torch.UntypedStorage(here.nbytes(), device=self._device)
-            there.copy_(here)
+            if here.nbytes() <= LARGE:
+                there.copy_(here)
             self._pairs.append((here, there))
             self._there[here._cdata] = there
             self._here[there._cdata] = here
-        return _view(tensor, there)
+        moved = _view(tensor, there)
+        if here.nbytes() > LARGE:
+            moved.copy_(tensor)
+            self._views.append((tensor, moved))
+        return moved
 
     def _fetch(self, tensor: Tensor) -> Tensor:
         there = tensor.untyped_storage()

@@ -10,7 +10,7 @@ import torch
 import lightvlm_ext
 from lightvlm_ext import reference
 from lightvlm_ext._kv import KVSegment
-from tests.ops import conftest
+from tests.ops import conftest, moving
 from tests.ops.backends import BACKENDS, CPU, CUDA, EMULATED, NATIVE, DeviceBackend, has_cuda
 from tests.ops.moving import Transfer
 
@@ -56,6 +56,21 @@ def test_results_come_back_and_stay_views_of_arguments() -> None:
     assert same.tolist() == [3, 4, 5, 6]
     assert other.tolist() == [[2, 8], [4, 10], [6, 12]]
     assert other.stride() == (1, 3)
+
+
+def test_of_large_storages_only_what_shows_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moving, "LARGE", 100)
+    buffer = torch.arange(60.0)
+    rows = buffer.as_strided((2, 3), (40, 1))
+    transfer = Transfer(HERE)
+    sent = transfer.there(rows)
+    assert torch.equal(sent, rows)
+    assert (sent.stride(), sent.untyped_storage().nbytes()) == ((40, 1), 240)
+    sent += 100
+    buffer[10] = -1
+    transfer.write_back()
+    assert rows.tolist() == [[100, 101, 102], [140, 141, 142]]
+    assert buffer[10] == -1
 
 
 @every_copy

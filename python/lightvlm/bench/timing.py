@@ -37,6 +37,9 @@ WARM_UP = 2
 SHORTEST = 2e-3  # seconds that are timed at once
 MOST_REPEATS = 200
 FEWEST_ROUNDS = 3
+# On CUDA: seconds of calls in one graph or one run, and how many of them at most.
+SHORTEST_SERIES = 1e-3
+MOST_EAGER, MOST_CAPTURED = 10, 20
 CACHES = ("cold", "warm")
 
 
@@ -107,11 +110,11 @@ def time_on_cuda(calls: Mapping[str, Call], effort: Effort, device: Device, *, c
     names = list(calls)
     runs = Runs()
     estimates = {name: _estimate(calls[name], device) for name in names}
-    repeats = {name: _repeats(seconds, 20) for name, seconds in estimates.items()}
+    repeats = {name: _repeats(seconds, MOST_EAGER) for name, seconds in estimates.items()}
     replays: dict[str, _Replay] = {}
     flushes: dict[int, Call] = {}
     for name in names:
-        count = _repeats(estimates[name], 40)
+        count = _repeats(estimates[name], MOST_CAPTURED)
         try:
             if cold and count not in flushes:
                 flushes[count] = device.capture(device.flush, _series(device.flush, count))
@@ -143,7 +146,7 @@ def _estimate(call: Call, device: Device) -> float:
 
 
 def _repeats(seconds: float, most: int) -> int:
-    return max(1, min(most, math.ceil(SHORTEST / max(seconds, 1e-9))))
+    return max(1, min(most, math.ceil(SHORTEST_SERIES / max(seconds, 1e-9))))
 
 
 def _eager(call: Call, device: Device, *, cold: bool) -> float:
