@@ -2,6 +2,8 @@
 #include "decode_attention/decode_attention.cuh"
 
 #include <algorithm>
+#include <initializer_list>
+#include <type_traits>
 
 #include "decode_attention/decode_mass.cuh"
 
@@ -41,23 +43,24 @@ int32_t access_unit(const void* data, int64_t bytes, std::initializer_list<int64
 
 void set_units(const DecodeAttentionParams& params, const KVSegmentParams& segment,
                DecodeSegmentPlan* plan) {
-    int64_t size = 1;  // of what strides count
-    int64_t row = 0;
     if (is_packed(segment.format)) {
-        row = packed_row_bytes(params.head_dim, packed_bits(segment.format));
+        plan->element_bytes = 1;
+        plan->row_bytes =
+            static_cast<int32_t>(packed_row_bytes(params.head_dim, packed_bits(segment.format)));
         plan->token_unit =
             access_unit(segment.value_token, 4,
                         {segment.value_token_batch_stride * 2, segment.value_token_head_stride * 2,
                          segment.value_token_token_stride * 2});
     } else {
-        size = segment.format == KVFormat::kFloat32 ? 4 : 2;
-        row = params.head_dim * size;
+        plan->element_bytes = segment.format == KVFormat::kFloat32 ? 4 : 2;
+        plan->row_bytes = static_cast<int32_t>(params.head_dim) * plan->element_bytes;
     }
-    plan->key_unit = access_unit(segment.key, row,
+    const int64_t size = plan->element_bytes;
+    plan->key_unit = access_unit(segment.key, plan->row_bytes,
                                  {segment.key_batch_stride * size, segment.key_head_stride * size,
                                   segment.key_token_stride * size});
     plan->value_unit =
-        access_unit(segment.value, row,
+        access_unit(segment.value, plan->row_bytes,
                     {segment.value_batch_stride * size, segment.value_head_stride * size,
                      segment.value_token_stride * size});
 }
@@ -114,9 +117,9 @@ cudaError_t launch_kernels(DecodeArguments* arguments, cudaStream_t stream) {
         make_grid(params.units() * arguments->splits), dim3(decode_warps(kWidth) * kWarpThreads),
         decode_shared_bytes<kWidth>(arguments->stage_bytes), stream, *arguments);
     if (error != cudaSuccess || arguments->slots == 0) return error;
-    using Element = typename DecodeWeights<kPrecise>::Element;
+    using Weight = std::conditional_t<kPrecise, float, half_t>;
     const int64_t threads = params.batch * params.key_heads * arguments->slots;
-    return launch("decode_mass", decode_mass_kernel<Element>,
+    return launch("decode_mass", decode_mass_kernel<Weight>,
                   make_grid(ceil_div(threads, kDecodeMassThreads)), dim3(kDecodeMassThreads), 0,
                   stream, *arguments);
 }

@@ -21,6 +21,7 @@
 #include "decode_attention/decode_format.cuh"
 #include "decode_attention/decode_merge.cuh"
 #include "decode_attention/decode_plan.cuh"
+#include "decode_attention/decode_run.cuh"
 #include "decode_attention/decode_state.cuh"
 #include "decode_attention/decode_tile.cuh"
 
@@ -28,10 +29,17 @@ namespace lightvlm {
 
 constexpr int decode_warps(int width) { return width <= 128 ? 4 : 2; }
 
+// Blocks of a multiprocessor that registers have to suffice for: 168 for each thread, or 255 where
+// an accumulator and a query in two halves need more. Nothing spills.
+constexpr int decode_blocks(int width, bool precise) {
+    return width > 128 ? 4 : width == 128 && precise ? 2 : 3;
+}
+
 template <int kWidth>
 struct alignas(16) DecodeShared {
     DecodeRow row;
     int last;
+    DecodeRun run[decode_warps(kWidth)];
     alignas(16) float query[kDecodeHeadTile][kWidth + 4];
     DecodePartial<kWidth> partial[decode_warps(kWidth)];
     // Behind it: the rings of the warps, and once these are empty a DecodeMerge.
@@ -75,18 +83,20 @@ __device__ __forceinline__ void load_decode_query(const DecodeAttentionParams& p
 // One run of one warp, in the segment's format. kPrecise: the query is fp32; products of codes are
 // then made of two halves each.
 template <int kWidth, bool kPrecise>
-__device__ __forceinline__ void attend_run(const DecodeRun& run, const DecodeArguments& arguments,
-                                           unsigned char* ring,
-                                           const DecodeWeights<kPrecise>& weights, bool fresh,
-                                           DecodePartial<kWidth>* partial,
+__device__ __forceinline__ void attend_run(const DecodeArguments& arguments, KVFormat kv_format,
+                                           unsigned char* ring, bool fresh,
                                            DecodeShared<kWidth>* shared) {
+    const int warp = threadIdx.x / kWarpThreads;
+    const DecodeRun& run = shared->run[warp];
+    DecodePartial<kWidth>* partial = &shared->partial[warp];
     const float* query = shared->query[threadIdx.x % kWarpThreads / 4];
+    const auto head_dim = static_cast<int>(arguments.params.head_dim);
+    const float scale = arguments.params.scale * kDecodeLog2E;
     const auto attend = [&](auto format) {
-        DecodeTiles<decltype(format), kPrecise> tiles(run, arguments.params, ring,
-                                                      arguments.stage_bytes);
-        tiles.attend(query, weights, fresh, partial);
+        DecodeTiles<decltype(format), kPrecise> tiles(run, ring, arguments.stage_bytes);
+        tiles.attend(query, head_dim, scale, fresh, partial);
     };
-    switch (run.segment->format) {
+    switch (kv_format) {
         case KVFormat::kPacked8:
             return attend(DecodeFormat<KVFormat::kPacked8, kWidth>{});
         case KVFormat::kPacked4:
@@ -98,33 +108,17 @@ __device__ __forceinline__ void attend_run(const DecodeRun& run, const DecodeArg
     }
     // Dense segments have the query's dtype.
     if constexpr (kPrecise) {
-        attend_float32<kWidth, kPrecise>(run, arguments.params, shared->query[0], kWidth + 4,
-                                         weights, fresh, partial);
-    } else if (run.segment->format == KVFormat::kFloat16) {
+        attend_float32<kWidth>(run, shared->query[0], kWidth + 4, head_dim, scale, fresh, partial);
+    } else if (kv_format == KVFormat::kFloat16) {
         attend(DecodeFormat<KVFormat::kFloat16, kWidth>{});
     } else {
         attend(DecodeFormat<KVFormat::kBFloat16, kWidth>{});
     }
 }
 
-template <bool kPrecise>
-__device__ __forceinline__ DecodeWeights<kPrecise> decode_weights(const DecodeArguments& arguments,
-                                                                  int64_t key_row, int head_tile,
-                                                                  int segment) {
-    using Element = typename DecodeWeights<kPrecise>::Element;
-    const DecodeAttentionParams& params = arguments.params;
-    const int64_t heads = decode_even(params.group());
-    const int64_t head = head_tile * kDecodeHeadTile + threadIdx.x % 4 * 2;
-    DecodeWeights<kPrecise> to{nullptr, nullptr, heads};
-    if (params.segment[segment].mass == nullptr || head >= heads) return to;
-    const int64_t first = key_row * arguments.slots + arguments.plan[segment].first_slot;
-    to.weights = static_cast<Element*>(arguments.weights) + first * heads + head;
-    to.maxima = arguments.weight_maxima + first / kDecodeStep * heads + head;
-    return to;
-}
-
 template <int kWidth, bool kPrecise>
-__global__ void __launch_bounds__(decode_warps(kWidth) * kWarpThreads)
+__global__ void __launch_bounds__(decode_warps(kWidth) * kWarpThreads,
+                                  decode_blocks(kWidth, kPrecise))
     decode_attention_kernel(const __grid_constant__ DecodeArguments arguments) {
     constexpr int kWarps = decode_warps(kWidth);
     auto& shared = *shared_memory<DecodeShared<kWidth>>();
@@ -156,7 +150,6 @@ __global__ void __launch_bounds__(decode_warps(kWidth) * kWarpThreads)
     const int64_t workers = work.splits * kWarps;
     const int64_t low = work.weight * worker / workers;
     const int64_t high = work.weight * (worker + 1) / workers;
-    DecodePartial<kWidth>* partial = &shared.partial[warp];
     bool fresh = true;
     int64_t before = 0;
     for (int s = 0; s < params.segments; ++s) {
@@ -170,21 +163,21 @@ __global__ void __launch_bounds__(decode_warps(kWidth) * kWarpThreads)
         const int64_t end = min(span_at(high) * kDecodeSpan, tokens);
         before += decode_spans(tokens) * weight;
         if (first >= end) continue;
-        const DecodeRun run{first,
-                            end,
-                            b,
-                            key_row - b * params.key_heads,
-                            &arguments.plan[s],
-                            &segment,
-                            shared.row.begin[s]};
-        attend_run<kWidth, kPrecise>(
-            run, arguments, rings + warp * kDecodeStages * arguments.stage_bytes,
-            decode_weights<kPrecise>(arguments, key_row, head_tile, s), fresh, partial, &shared);
+        __syncwarp();  // the run before has been read
+        if (threadIdx.x % kWarpThreads == 0) {
+            set_decode_run<kPrecise>(arguments, s, key_row, head_tile, shared.row.begin[s],
+                                     static_cast<int32_t>(first), static_cast<int32_t>(end),
+                                     &shared.run[warp]);
+        }
+        __syncwarp();
+        attend_run<kWidth, kPrecise>(arguments, segment.format,
+                                     rings + warp * kDecodeStages * arguments.stage_bytes, fresh,
+                                     &shared);
         fresh = false;
     }
     if (fresh && threadIdx.x % kWarpThreads < kDecodeHeadTile) {
-        partial->highest[threadIdx.x % kWarpThreads] = -CUDART_INF_F;
-        partial->sum[threadIdx.x % kWarpThreads] = 0.0f;
+        shared.partial[warp].highest[threadIdx.x % kWarpThreads] = -CUDART_INF_F;
+        shared.partial[warp].sum[threadIdx.x % kWarpThreads] = 0.0f;
     }
     __syncthreads();
 

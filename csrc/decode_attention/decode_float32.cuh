@@ -5,9 +5,8 @@
 
 #include "common/block.cuh"
 #include "common/launch.h"
-#include "decode_attention/decode_plan.cuh"
+#include "decode_attention/decode_run.cuh"
 #include "decode_attention/decode_state.cuh"
-#include "decode_attention/decode_tile.cuh"
 
 namespace lightvlm {
 
@@ -28,38 +27,30 @@ __device__ __forceinline__ float4 load_decode_floats(const float* from, bool ali
     return make_float4(from[0], from[1], from[2], from[3]);
 }
 
-// query: fp32 in shared memory, head 0 of the tile; heads are `pitch` apart.
-template <int kWidth, bool kPrecise>
-__device__ __forceinline__ void attend_float32(const DecodeRun& run,
-                                               const DecodeAttentionParams& params,
-                                               const float* query, int pitch,
-                                               const DecodeWeights<kPrecise>& weights, bool fresh,
+// query: fp32 in shared memory, head 0 of the tile; heads are `pitch` apart. The rest as in
+// DecodeTiles::attend.
+template <int kWidth>
+__device__ __forceinline__ void attend_float32(const DecodeRun& run, const float* query, int pitch,
+                                               int head_dim, float scale, bool fresh,
                                                DecodePartial<kWidth>* partial) {
     using Format = DecodeFloat32<kWidth>;
     constexpr int kTile = Format::kTile;
-    const KVSegmentParams& segment = *run.segment;
     const int lane = threadIdx.x % kWarpThreads;
     const int g = lane / 4;
     const int t = lane % 4;
-    const auto head_dim = static_cast<int>(params.head_dim);
-    const float scale = params.scale * kDecodeLog2E;
-    const float* keys = static_cast<const float*>(segment.key) + run.b * segment.key_batch_stride +
-                        run.key_head * segment.key_head_stride +
-                        run.begin * segment.key_token_stride;
-    const float* values =
-        static_cast<const float*>(segment.value) + run.b * segment.value_batch_stride +
-        run.key_head * segment.value_head_stride + run.begin * segment.value_token_stride;
-    const bool key_aligned = run.plan->key_unit == 16;
-    const bool value_aligned = run.plan->value_unit == 16;
+    const auto row_of = [](const DecodeRows& rows, int32_t token) {
+        return reinterpret_cast<const float*>(rows.data + token * rows.stride);
+    };
+    const bool key_aligned = run.keys.unit == 16;
+    const bool value_aligned = run.values.unit == 16;
     DecodeAccumulator<kWidth> held;
     held.clear();
 
-    for (int64_t n = run.first; n < run.end; n += kTile) {
-        const int count = static_cast<int>(min(run.end - n, int64_t{kTile}));
+    for (int32_t n = run.first; n < run.end; n += kTile) {
+        const int count = min(run.end - n, kTile);
         float logits[1][4] = {};
-        const float* rows[2] = {
-            keys + (n + (g < count ? g : 0)) * segment.key_token_stride,
-            keys + (n + (g + 8 < count ? g + 8 : 0)) * segment.key_token_stride};
+        const float* rows[2] = {row_of(run.keys, n + (g < count ? g : 0)),
+                                row_of(run.keys, n + (g + 8 < count ? g + 8 : 0))};
         const float* heads[2] = {query + 2 * t * pitch, query + (2 * t + 1) * pitch};
         for (int channel = 0; channel < head_dim; channel += 4) {
             LIGHTVLM_UNROLL
@@ -78,14 +69,14 @@ __device__ __forceinline__ void attend_float32(const DecodeRun& run,
             logits[0][j] = j / 2 * 8 + g < count ? logits[0][j] * scale : -CUDART_INF_F;
         }
         held.weigh(logits);
-        weights.template keep<kTile>(logits, n, count, held);
+        keep_decode_weights<true>(logits, n, count, held, run);
 
         for (int key = 0; key < count; ++key) {
             const int from = key % 8 * 4 + t;
             const float first = __shfl_sync(kFullWarp, key < 8 ? logits[0][0] : logits[0][2], from);
             const float second =
                 __shfl_sync(kFullWarp, key < 8 ? logits[0][1] : logits[0][3], from);
-            const float* row = values + (n + key) * segment.value_token_stride;
+            const float* row = row_of(run.values, n + key);
             LIGHTVLM_UNROLL
             for (int tile = 0; tile < kWidth / 16; tile += 2) {
                 const int channel = Format::value_channel(g, tile, 0);

@@ -24,7 +24,9 @@ struct DecodeSegmentPlan {
     int32_t key_unit;
     int32_t value_unit;
     int32_t token_unit;
-    int32_t tile;  // keys whose weights share a maximum
+    int32_t element_bytes;  // of what strides count
+    int32_t row_bytes;      // of a token's key, or value
+    int32_t tile;           // keys whose weights share a maximum
 };
 
 struct DecodeArguments {

@@ -8,29 +8,24 @@
 #include "common/block.cuh"
 #include "common/launch.h"
 #include "common/ptx.cuh"
+#include "decode_attention/decode_run.cuh"
 
 namespace lightvlm {
 
 constexpr int kDecodeStages = 2;
 
-// A tile's rows in the cache: `count` valid ones, `bytes` long. Strides in bytes.
-struct DecodeRows {
-    const unsigned char* data;
-    int64_t stride;
-    int count;
-    int bytes;
-};
-
-// Rows of kRowBytes at a pitch, what is not there as zeros. For warps, all lanes.
+// Rows [n, n + count) of a tile, kRowBytes at a pitch; what is not there arrives as zeros.
 template <int kUnit, int kTile, int kRowBytes, int kPitch>
-__device__ __forceinline__ void copy_decode_pieces(const DecodeRows& rows, unsigned char* to) {
+__device__ __forceinline__ void copy_decode_pieces(const DecodeRows& rows, int32_t n, int count,
+                                                   unsigned char* to) {
     constexpr int kPieces = kRowBytes / kUnit;
-    const int lane = threadIdx.x % kWarpThreads;
-    for (int piece = lane; piece < kTile * kPieces; piece += kWarpThreads) {
+    const unsigned char* first = rows.data + n * rows.stride;
+    LIGHTVLM_UNROLL_BY(1)
+    for (int piece = threadIdx.x % kWarpThreads; piece < kTile * kPieces; piece += kWarpThreads) {
         const int row = piece / kPieces;
         const int at = (piece - row * kPieces) * kUnit;
-        const bool valid = row < rows.count && at < rows.bytes;
-        const unsigned char* from = rows.data + (valid ? row * rows.stride + at : 0);
+        const bool valid = row < count && at < rows.bytes;
+        const unsigned char* from = first + (valid ? row * rows.stride + at : 0);
         unsigned char* into = to + row * kPitch + at;
         if constexpr (kUnit == 16) {
             ptx::cp_async_16(into, from, valid);
@@ -45,22 +40,24 @@ __device__ __forceinline__ void copy_decode_pieces(const DecodeRows& rows, unsig
     }
 }
 
-// unit: the widest access that addresses, stride and rows.bytes allow; at least kLeast.
+// For a warp, all lanes. kLeast: the narrowest access that may be needed.
 template <int kLeast, int kTile, int kRowBytes, int kPitch>
-__device__ __forceinline__ void copy_decode_rows(const DecodeRows& rows, int unit,
+__device__ __forceinline__ void copy_decode_rows(const DecodeRows& rows, int32_t n, int count,
                                                  unsigned char* to) {
     if constexpr (kRowBytes % 16 == 0) {
-        if (unit == 16) return copy_decode_pieces<16, kTile, kRowBytes, kPitch>(rows, to);
+        if (rows.unit == 16) {
+            return copy_decode_pieces<16, kTile, kRowBytes, kPitch>(rows, n, count, to);
+        }
     }
     if constexpr (kRowBytes % 8 == 0) {
-        if (unit >= 8) return copy_decode_pieces<8, kTile, kRowBytes, kPitch>(rows, to);
+        if (rows.unit >= 8) {
+            return copy_decode_pieces<8, kTile, kRowBytes, kPitch>(rows, n, count, to);
+        }
     }
-    if (unit >= 4) return copy_decode_pieces<4, kTile, kRowBytes, kPitch>(rows, to);
-    if constexpr (kLeast == 2) {
-        copy_decode_pieces<2, kTile, kRowBytes, kPitch>(rows, to);
-    } else {
-        copy_decode_pieces<1, kTile, kRowBytes, kPitch>(rows, to);
+    if (rows.unit >= 4) {
+        return copy_decode_pieces<4, kTile, kRowBytes, kPitch>(rows, n, count, to);
     }
+    copy_decode_pieces<kLeast, kTile, kRowBytes, kPitch>(rows, n, count, to);
 }
 
 }  // namespace lightvlm

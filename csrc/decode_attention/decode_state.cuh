@@ -105,7 +105,7 @@ struct DecodeAccumulator {
         }
     }
 
-    // Adds what is held to *partial, or (fresh) replaces it, and starts anew. For the whole warp.
+    // Adds what is held to *partial, or (fresh) replaces it. For the whole warp.
     // channels: value_channel of the run, null where dense.
     template <typename Format>
     __device__ __forceinline__ void flush(const float* channels, int head_dim, bool fresh,
@@ -153,7 +153,6 @@ struct DecodeAccumulator {
                 partial->sum[first_head + h] = sum[h];
             }
         }
-        clear();
     }
 };
 

@@ -13,48 +13,11 @@
 #include "common/launch.h"
 #include "common/ptx.cuh"
 #include "decode_attention/decode_format.cuh"
-#include "decode_attention/decode_plan.cuh"
 #include "decode_attention/decode_ring.cuh"
+#include "decode_attention/decode_run.cuh"
 #include "decode_attention/decode_state.cuh"
 
 namespace lightvlm {
-
-// Where a warp's weights go if mass is wanted: those of a segment, batch row and tile of heads.
-// Lanes keep the heads 2t and 2t + 1 of it, if there are such.
-template <bool kPrecise>
-struct DecodeWeights {
-    using Element = std::conditional_t<kPrecise, float, half_t>;
-    Element* weights;  // null: not wanted, or no head of this lane's
-    float* maxima;
-    int64_t heads;  // from one slot to the next
-
-    template <int kTile, int kSteps, int kWidth>
-    __device__ __forceinline__ void keep(const float (&values)[kSteps][4], int64_t slot, int count,
-                                         const DecodeAccumulator<kWidth>& held) const {
-        if (weights == nullptr) return;
-        const int g = threadIdx.x % kWarpThreads / 4;
-        LIGHTVLM_UNROLL
-        for (int step = 0; step < kSteps; ++step) {
-            LIGHTVLM_UNROLL
-            for (int upper = 0; upper < 2; ++upper) {
-                const int key = step * 16 + upper * 8 + g;
-                if (key >= count) continue;
-                Element* to = weights + (slot + key) * heads;
-                if constexpr (kPrecise) {
-                    *reinterpret_cast<float2*>(to) =
-                        make_float2(values[step][2 * upper], values[step][2 * upper + 1]);
-                } else {
-                    *reinterpret_cast<uint32_t*>(to) = ptx::convert_pair<half_t>(
-                        values[step][2 * upper], values[step][2 * upper + 1]);
-                }
-            }
-        }
-        if (g == 0) {
-            *reinterpret_cast<float2*>(maxima + slot / kDecodeStep * heads) =
-                make_float2(held.highest[0], held.highest[1]);
-        }
-    }
-};
 
 // One run's query in the order of the format's keys: column g of B of every mma.
 template <typename Format, bool kPrecise>
@@ -78,25 +41,24 @@ struct DecodeQuery {
         offset[0] = offset[1] = 0.0f;
     }
 
-    // key_scale, key_zero: of the run's block.
+    // key_scale, key_zero: of the run's block. scratch: kPairs words a lane of shared memory,
+    // through which registers are filled, so that a loop need not be unrolled for their sake.
     __device__ __forceinline__ void set_packed(const float* query, const float* key_scale,
-                                               const float* key_zero, int head_dim, float scale) {
+                                               const float* key_zero, int head_dim, float scale,
+                                               uint32_t* scratch) {
         const int lane = threadIdx.x % kWarpThreads;
-        float folded[kPairs][2];
+        const auto channel_of = [lane](int number) {
+            return Format::key_channel(lane % 4, number / 2, number % 2);
+        };
         float largest = 0.0f;
         float shift = 0.0f;
-        LIGHTVLM_UNROLL
-        for (int pair = 0; pair < kPairs; ++pair) {
-            LIGHTVLM_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                const int channel = Format::key_channel(lane % 4, pair, half);
-                folded[pair][half] = 0.0f;
-                if (channel >= head_dim) continue;
-                const float of_channel = key_scale[channel];
-                folded[pair][half] = query[channel] * of_channel;
-                largest = fmaxf(largest, fabsf(folded[pair][half]));
-                shift += query[channel] * (key_zero[channel] + Format::kMiddle * of_channel);
-            }
+        LIGHTVLM_UNROLL_BY(4)
+        for (int number = 0; number < 2 * kPairs; ++number) {
+            const int channel = channel_of(number);
+            if (channel >= head_dim) continue;
+            const float of_channel = key_scale[channel];
+            largest = fmaxf(largest, fabsf(query[channel] * of_channel));
+            shift += query[channel] * (key_zero[channel] + Format::kMiddle * of_channel);
         }
         LIGHTVLM_UNROLL
         for (int lanes = 1; lanes < 4; lanes *= 2) {
@@ -105,12 +67,19 @@ struct DecodeQuery {
         }
         const float bound = decode_power(largest);
         const float inverse = 1.0f / bound;
-        LIGHTVLM_UNROLL
-        for (int pair = 0; pair < kPairs; ++pair) {
-            const float first = folded[pair][0] * inverse;
-            const float second = folded[pair][1] * inverse;
-            high[pair] = ptx::convert_pair<half_t>(first, second);
-            if constexpr (kPrecise) low[pair] = rest_of_pair(first, second, high[pair]);
+        const auto folded = [&](int number) {
+            const int channel = channel_of(number);
+            return channel < head_dim ? query[channel] * key_scale[channel] * inverse : 0.0f;
+        };
+        fill(scratch, high, [&](int pair) {
+            return ptx::convert_pair<half_t>(folded(2 * pair), folded(2 * pair + 1));
+        });
+        if constexpr (kPrecise) {
+            fill(scratch, low, [&](int pair) {
+                const float first = folded(2 * pair);
+                const float second = folded(2 * pair + 1);
+                return rest_of_pair(first, second, ptx::convert_pair<half_t>(first, second));
+            });
         }
         // Lanes hold head g here, but heads 2t and 2t + 1 of the logits.
         LIGHTVLM_UNROLL
@@ -119,6 +88,17 @@ struct DecodeQuery {
             factor[h] = __shfl_sync(kFullWarp, bound, from) * scale;
             offset[h] = __shfl_sync(kFullWarp, shift, from) * scale;
         }
+    }
+
+    // registers[i] = word(i), each lane for itself.
+    template <typename Word>
+    __device__ __forceinline__ static void fill(uint32_t* scratch, uint32_t (&registers)[kPairs],
+                                                Word&& word) {
+        uint32_t* own = scratch + threadIdx.x % kWarpThreads;
+        LIGHTVLM_UNROLL_BY(2)
+        for (int i = 0; i < kPairs; ++i) own[i * kWarpThreads] = word(i);
+        LIGHTVLM_UNROLL
+        for (int i = 0; i < kPairs; ++i) registers[i] = own[i * kWarpThreads];
     }
 
     __device__ __forceinline__ static uint32_t rest_of_pair(float first, float second,
@@ -199,123 +179,84 @@ __device__ __forceinline__ void decode_values(const unsigned char* rows, const u
     }
 }
 
-// The tokens [first, end) of a segment's valid ones, for one warp.
-struct DecodeRun {
-    int64_t first;
-    int64_t end;
-    int64_t b;
-    int64_t key_head;
-    const DecodeSegmentPlan* plan;
-    const KVSegmentParams* segment;
-    int64_t begin;  // the segment's first valid token
-};
-
 template <typename Format, bool kPrecise>
 class DecodeTiles {
     using Element = typename Format::Element;
     static constexpr int kSteps = Format::kTile / 16;
-    static constexpr int kElementBytes = Format::kPacked ? 1 : 2;
+    static constexpr int kLeastUnit = Format::kPacked ? 1 : 2;
+    static_assert(!Format::kPacked || Format::kStageBytes >= Format::kWidth / 8 * kWarpThreads * 4,
+                  "a stage is the scratch of DecodeQuery");
 
   public:
-    __device__ DecodeTiles(const DecodeRun& run, const DecodeAttentionParams& params,
-                           unsigned char* ring, int stage_bytes)
-        : run_(run), params_(params), ring_(ring), stage_bytes_(stage_bytes) {
-        const KVSegmentParams& segment = *run.segment;
-        keys_ = static_cast<const unsigned char*>(segment.key) +
-                (run.b * segment.key_batch_stride + run.key_head * segment.key_head_stride +
-                 run.begin * segment.key_token_stride) *
-                    kElementBytes;
-        values_ = static_cast<const unsigned char*>(segment.value) +
-                  (run.b * segment.value_batch_stride + run.key_head * segment.value_head_stride +
-                   run.begin * segment.value_token_stride) *
-                      kElementBytes;
-        if constexpr (Format::kPacked) {
-            tokens_ = segment.value_token + run.b * segment.value_token_batch_stride +
-                      run.key_head * segment.value_token_head_stride;
-        }
-    }
+    // stage_bytes: of a stage of the ring.
+    __device__ DecodeTiles(const DecodeRun& run, unsigned char* ring, int stage_bytes)
+        : run_(run), ring_(ring), stage_bytes_(stage_bytes) {}
 
-    // query: fp32 in shared memory, of head g. fresh: whether *partial is to be replaced.
-    __device__ __forceinline__ void attend(const float* query,
-                                           const DecodeWeights<kPrecise>& weights, bool fresh,
-                                           DecodePartial<Format::kWidth>* partial) {
-        const auto head_dim = static_cast<int>(params_.head_dim);
-        const float scale = params_.scale * kDecodeLog2E;
+    // query: fp32 in shared memory, of head g. scale: of the logits, times log2(e). fresh: whether
+    // *partial is to be replaced.
+    __device__ __forceinline__ void attend(const float* query, int head_dim, float scale,
+                                           bool fresh, DecodePartial<Format::kWidth>* partial) {
         DecodeAccumulator<Format::kWidth> held;
         DecodeQuery<Format, kPrecise> folded;
-        held.clear();
-        const float* channels = nullptr;
-        int64_t block_end = 0;  // of the channel parameters that `folded` is made of
-        if constexpr (!Format::kPacked) folded.set_dense(query, scale);
-
-        __syncwarp();  // whoever used the ring before is done
-        fetch(run_.first, 0);
+        int32_t n = run_.first;
         int stage = 0;
-        for (int64_t n = run_.first; n < run_.end; n += Format::kTile) {
-            const int64_t next = n + Format::kTile;
-            __syncwarp();
-            if (next < run_.end) {
-                fetch(next, stage ^ 1);
-            } else {
-                ptx::cp_async_commit();
-            }
+        fetch(n, stage);
+        while (n < run_.end) {
+            int32_t end = run_.end;
+            int64_t channels = 0;  // where those of the block begin
+            held.clear();
             if constexpr (Format::kPacked) {
-                if (n >= block_end) {
-                    if (channels != nullptr) {
-                        held.template flush<Format>(channels, head_dim, fresh, partial);
-                        fresh = false;
-                    }
-                    const KVSegmentParams& segment = *run_.segment;
-                    const int64_t block = n / segment.block;
-                    block_end = (block + 1) * segment.block;
-                    const int64_t at =
-                        ((run_.b * params_.key_heads + run_.key_head) * segment.blocks + block) *
-                        head_dim;
-                    channels = segment.value_channel + at;
-                    folded.set_packed(query, segment.key_scale + at, segment.key_zero + at,
-                                      head_dim, scale);
-                }
+                const int64_t block = n / run_.block;
+                end = static_cast<int32_t>(min(int64_t{end}, (block + 1) * run_.block));
+                channels = block * head_dim;
+                // The other stage is free: its tile is computed, its next not under way yet.
+                __syncwarp();
+                folded.set_packed(query, run_.key_scale + channels, run_.key_zero + channels,
+                                  head_dim, scale,
+                                  reinterpret_cast<uint32_t*>(ring_ + (stage ^ 1) * stage_bytes_));
+            } else {
+                folded.set_dense(query, scale);
             }
-            ptx::cp_async_wait<1>();
-            __syncwarp();
-            add_tile(ring_ + stage * stage_bytes_, n, folded, weights, &held);
-            stage ^= 1;
+            for (; n < end; n += Format::kTile) {
+                __syncwarp();
+                if (run_.end - n > Format::kTile) {
+                    fetch(n + Format::kTile, stage ^ 1);
+                } else {
+                    ptx::cp_async_commit();
+                }
+                ptx::cp_async_wait<1>();
+                __syncwarp();
+                add_tile(ring_ + stage * stage_bytes_, n, folded, &held);
+                stage ^= 1;
+            }
+            held.template flush<Format>(Format::kPacked ? run_.value_channel + channels : nullptr,
+                                        head_dim, fresh, partial);
+            fresh = false;
         }
         ptx::cp_async_wait<0>();
-        held.template flush<Format>(channels, head_dim, fresh, partial);
     }
 
   private:
-    __device__ __forceinline__ int count(int64_t n) const {
-        return static_cast<int>(min(run_.end - n, int64_t{Format::kTile}));
+    __device__ __forceinline__ int count(int32_t n) const {
+        return min(run_.end - n, Format::kTile);
     }
 
     // Starts the copy of the tile from token n on.
-    __device__ __forceinline__ void fetch(int64_t n, int stage) const {
-        const KVSegmentParams& segment = *run_.segment;
+    __device__ __forceinline__ void fetch(int32_t n, int stage) const {
         unsigned char* to = ring_ + stage * stage_bytes_;
-        const int bytes = Format::kPacked ? Format::kRowBytes
-                                          : static_cast<int>(params_.head_dim) * kElementBytes;
-        const int64_t key_stride = segment.key_token_stride * kElementBytes;
-        const int64_t value_stride = segment.value_token_stride * kElementBytes;
-        copy_decode_rows<kElementBytes, Format::kTile, Format::kRowBytes, Format::kKeyPitch>(
-            {keys_ + n * key_stride, key_stride, count(n), bytes}, run_.plan->key_unit, to);
-        copy_decode_rows<kElementBytes, Format::kTile, Format::kRowBytes, Format::kValuePitch>(
-            {values_ + n * value_stride, value_stride, count(n), bytes}, run_.plan->value_unit,
-            to + Format::kValueOffset);
+        copy_decode_rows<kLeastUnit, Format::kTile, Format::kRowBytes, Format::kKeyPitch>(
+            run_.keys, n, count(n), to);
+        copy_decode_rows<kLeastUnit, Format::kTile, Format::kRowBytes, Format::kValuePitch>(
+            run_.values, n, count(n), to + Format::kValueOffset);
         if constexpr (Format::kPacked) {
-            const auto* tokens = reinterpret_cast<const unsigned char*>(
-                tokens_ + n * segment.value_token_token_stride);
-            copy_decode_rows<2, Format::kTile, 4, 4>(
-                {tokens, segment.value_token_token_stride * 2, count(n), 4}, run_.plan->token_unit,
-                to + Format::kTokenOffset);
+            copy_decode_rows<2, Format::kTile, 4, 4>(run_.tokens, n, count(n),
+                                                     to + Format::kTokenOffset);
         }
         ptx::cp_async_commit();
     }
 
-    __device__ __forceinline__ void add_tile(const unsigned char* tile, int64_t n,
+    __device__ __forceinline__ void add_tile(const unsigned char* tile, int32_t n,
                                              const DecodeQuery<Format, kPrecise>& query,
-                                             const DecodeWeights<kPrecise>& weights,
                                              DecodeAccumulator<Format::kWidth>* held) const {
         const int lane = threadIdx.x % kWarpThreads;
         const int g = lane / 4;
@@ -335,7 +276,7 @@ class DecodeTiles {
             }
         }
         held->weigh(logits);
-        weights.template keep<Format::kTile>(logits, n, keys, *held);
+        keep_decode_weights<kPrecise>(logits, n, keys, *held, run_);
         if constexpr (Format::kPacked) scale_weights(tile + Format::kTokenOffset, logits, held);
 
         LIGHTVLM_UNROLL
@@ -402,12 +343,8 @@ class DecodeTiles {
     }
 
     const DecodeRun& run_;
-    const DecodeAttentionParams& params_;
     unsigned char* ring_;
     int stage_bytes_;
-    const unsigned char* keys_;
-    const unsigned char* values_;
-    const uint16_t* tokens_;
 };
 
 }  // namespace lightvlm
