@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "importance/importance_exp2_cpu.h"
+#include "importance/importance_lanes_cpu.h"
 #include "importance/importance_panel_cpu.h"
 #include "importance/importance_product_cpu.h"
 
@@ -15,27 +16,6 @@ namespace lightvlm::importance_detail {
 
 constexpr int64_t kGivenRun = 192;   // targets at a time
 constexpr int64_t kPanelBlock = 24;  // panels that stay in the L2 cache while targets pass
-
-// Over the 16 sums of each target, in halves.
-template <CpuLevel level>
-LIGHTVLM_INLINE void fold_lanes(const float* mass, int64_t count, bool use_max, float* scores) {
-    alignas(64) float turned[kLanes][kLanes];
-    for (int64_t begin = 0; begin < count; begin += kLanes) {
-        transpose<level>(reinterpret_cast<const uint32_t*>(mass + begin * kLanes), kLanes, kLanes,
-                         reinterpret_cast<uint32_t*>(&turned[0][0]), kLanes, 0);
-        for (int half = kLanes / 2; half > 0; half /= 2) {
-            for (int lane = 0; lane < half; ++lane) {
-                for (int i = 0; i < kLanes; ++i) {
-                    const float other = turned[lane + half][i];
-                    turned[lane][i] =
-                        use_max ? maximum(turned[lane][i], other) : turned[lane][i] + other;
-                }
-            }
-        }
-        const int64_t some = std::min<int64_t>(kLanes, count - begin);
-        std::memcpy(scores + begin, turned[0], some * sizeof(float));
-    }
-}
 
 template <typename T>
 struct GivenRun {
@@ -81,8 +61,10 @@ struct FinishGiven {
     LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void add(
         const __m512 (&sums)[kTargetGroup][kVectors]) const {
         const __m512 scales = _mm512_set1_ps(scale);
+#pragma GCC unroll 12
         for (int i = 0; i < kTargetGroup; ++i) {
             __m512 own = _mm512_load_ps(mass + i * kLanes);
+#pragma GCC unroll 2
             for (int v = 0; v < kVectors; ++v) {
                 const __m512 shift = _mm512_load_ps(panel.shift + kLanes * v);
                 const __m512 low = _mm512_load_ps(panel.shift_low + kLanes * v);
@@ -93,14 +75,7 @@ struct FinishGiven {
                     seen = _mm512_cmpge_epi32_mask(_mm512_load_si512(panel.limit + kLanes * v),
                                                    _mm512_set1_epi32(threshold[i]));
                 }
-                if constexpr (kMax) {
-                    // vmaxps gives its second operand where one is a NaN.
-                    const __m512 most = _mm512_mask_max_ps(own, seen, value, own);
-                    seen = _mm512_mask_cmp_ps_mask(seen, value, value, _CMP_UNORD_Q);
-                    own = _mm512_mask_mov_ps(most, seen, value);
-                } else {
-                    own = _mm512_mask_add_ps(own, seen, own, value);
-                }
+                own = _mm512_mask_mov_ps(own, seen, fold_avx512<kMax>(own, value));
             }
             _mm512_store_ps(mass + i * kLanes, own);
         }

@@ -11,7 +11,7 @@
 #include <limits>
 
 #include "importance/importance_exp2_cpu.h"
-#include "importance/importance_given_cpu.h"
+#include "importance/importance_lanes_cpu.h"
 #include "importance/importance_panel_cpu.h"
 #include "importance/importance_product_cpu.h"
 
@@ -55,9 +55,11 @@ struct FinishOwn {
     LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void operator()(
         const __m512 (&sums)[kTargetGroup][kVectors]) const {
         const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+#pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) {
             __m512 most = _mm512_load_ps(highest + kLanes * v);
             const __m512i limit = _mm512_load_si512(panel.limit + kLanes * v);
+#pragma GCC unroll 12
             for (int i = 0; i < kTargetGroup; ++i) {
                 __mmask16 seen = static_cast<__mmask16>(panel.alive >> (kLanes * v));
                 if (threshold != nullptr) {
@@ -95,6 +97,32 @@ LIGHTVLM_TARGET_AVX512 void exponentials_avx512(float* logits, int64_t count, fl
         }
     }
     for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(sums + kLanes * v, sum[v]);
+}
+
+// Exponentials of `count` targets (at most kLanes) times `inverse`, both halves of the panel
+// folded: a vector of masses for each target, zeros past `count`.
+template <int kVectors, bool kMax>
+LIGHTVLM_TARGET_AVX512 void masses_avx512(const Panel& panel, const float* values,
+                                          const int32_t* threshold, int64_t count,
+                                          const float* inverse, float* mass) {
+    for (int64_t i = 0; i < count; ++i, values += kVectors * kLanes) {
+        __m512 own = _mm512_setzero_ps();
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+            // Hidden stays 0 even where the probe's sum is NaN.
+            __mmask16 seen = static_cast<__mmask16>(panel.alive >> (kLanes * v));
+            if (panel.lowest < threshold[i]) {
+                seen = _mm512_cmpge_epi32_mask(_mm512_load_si512(panel.limit + kLanes * v),
+                                               _mm512_set1_epi32(threshold[i]));
+            }
+            const __m512 one = _mm512_maskz_mul_ps(seen, _mm512_load_ps(values + kLanes * v),
+                                                   _mm512_load_ps(inverse + kLanes * v));
+            own = v == 0 ? one : fold_avx512<kMax>(own, one);
+        }
+        _mm512_store_ps(mass + i * kLanes, own);
+    }
+    for (int64_t i = count; i < kLanes; ++i)
+        _mm512_store_ps(mass + i * kLanes, _mm512_setzero_ps());
 }
 
 #endif
@@ -209,10 +237,36 @@ struct FoldOwn {
     template <CpuLevel level, int kVectors>
     static LIGHTVLM_INLINE void fold_targets(const OwnRun<T>& run, int64_t t, int64_t count,
                                              OwnScratch& scratch) {
+        masses<level, kVectors>(run, t, count, scratch);
+        alignas(64) float scores[kLanes];
+        fold_lanes<level>(scratch.mass, count, run.use_max, scores);
+        float* out = run.scores + run.first + t;
+        for (int64_t i = 0; i < count; ++i) out[i] = run.add ? out[i] + scores[i] : scores[i];
+    }
+
+    // Masses of targets [t, t + count), a vector for each, both halves of the panel folded.
+    template <CpuLevel level, int kVectors>
+    static LIGHTVLM_INLINE void masses(const OwnRun<T>& run, int64_t t, int64_t count,
+                                       OwnScratch& scratch) {
         constexpr int kAll = kVectors * kLanes;
+        const float* exponentials = run.logits + t * kAll;
+        const int32_t* thresholds = run.targets.threshold + run.first + t;
+#if defined(__x86_64__)
+        if constexpr (level >= CpuLevel::kAvx512) {
+            if (run.use_max) {
+                masses_avx512<kVectors, true>(*run.panel, exponentials, thresholds, count,
+                                              scratch.inverse, scratch.mass);
+            } else {
+                masses_avx512<kVectors, false>(*run.panel, exponentials, thresholds, count,
+                                               scratch.inverse, scratch.mass);
+            }
+            return;
+        }
+#endif
+        std::fill(scratch.mass, scratch.mass + kLanes * kLanes, 0.0f);
         for (int64_t i = 0; i < count; ++i) {
-            const int32_t threshold = run.targets.threshold[run.first + t + i];
-            const float* values = run.logits + (t + i) * kAll;
+            const int32_t threshold = thresholds[i];
+            const float* values = exponentials + i * kAll;
             float* mass = scratch.mass + i * kLanes;
             for (int v = 0; v < kVectors; ++v) {
                 for (int l = 0; l < kLanes; ++l) {
@@ -228,10 +282,6 @@ struct FoldOwn {
                 }
             }
         }
-        alignas(64) float scores[kLanes];
-        fold_lanes<level>(scratch.mass, count, run.use_max, scores);
-        float* out = run.scores + run.first + t;
-        for (int64_t i = 0; i < count; ++i) out[i] = run.add ? out[i] + scores[i] : scores[i];
     }
 };
 

@@ -82,10 +82,13 @@ __device__ __forceinline__ const ImportanceRows& take_rows(const ImportanceArgum
     return *reinterpret_cast<const ImportanceRows*>(shared.rows);
 }
 
-// Registers: 2 kWidth / 4 for the stationary vectors, 16 for products; three blocks of 128 threads
-// a multiprocessor leave 168.
+// Blocks a multiprocessor, for the registers: kWidth / 2 for the stationary vectors and 16 for
+// products, of 128, 168 or 255.
+template <int kWidth>
+constexpr int kTensorBlocks = kWidth <= 64 ? 4 : (kWidth <= 128 ? 3 : 2);
+
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kTensorThreads, kWidth > 128 ? 2 : 3)
+__global__ void __launch_bounds__(kTensorThreads, kTensorBlocks<kWidth>)
     importance_tensor_lse_kernel(const __grid_constant__ ImportanceArguments arguments,
                                  int64_t first_part, bool even, bool planned) {
     using Tile = TensorTile<T, kWidth>;
@@ -245,7 +248,7 @@ __device__ __forceinline__ void write_tile_scores(const ImportanceParams& params
 
 // all_heads: a block takes every key head of its targets. direct: it writes the scores.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kTensorThreads, kWidth > 128 ? 2 : 3)
+__global__ void __launch_bounds__(kTensorThreads, kTensorBlocks<kWidth>)
     importance_tensor_fold_kernel(const __grid_constant__ ImportanceArguments arguments, bool even,
                                   bool planned, bool all_heads, bool direct) {
     using Tile = TensorTile<T, kWidth>;
