@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightvlm import cli
-from lightvlm.bench import cases, floors, gpu_state, jobs, measure, ops, timing
+from lightvlm.bench import cases, compare, floors, goals, gpu_state, jobs, measure, ops, timing
 from lightvlm.bench.cases import Case, Sizes
 from python.bench_fakes import Clock, FakeDevice
 
@@ -164,6 +165,41 @@ def test_a_wrong_op_is_bad_news(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     said = capsys.readouterr()
     assert json.loads(said.out)["rows"][0]["error"].startswith("AssertionError")
     assert "select, bad: AssertionError" in said.err
+
+
+class RunningClock(Clock):
+    """The real one."""
+
+    now = property(lambda self: time.perf_counter(), lambda self, value: None)
+
+
+@pytest.mark.parametrize("name", sorted(cases.CASES))
+def test_a_run_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it but the GPU: jobs of one size, both caches and modes, goals, the table, and JSON."""
+    known = floors.KNOWN[goals.H200]
+    here = measure.Bench(CPU, timing.Effort(2), known, FakeDevice(RunningClock()), goals.H200)
+    monkeypatch.setattr(ops.Options, "bench", lambda options: here)
+    monkeypatch.setattr(timing, "MOST_EAGER", 1)
+    monkeypatch.setattr(timing, "MOST_CAPTURED", 2)
+    sizes = Sizes(CPU, tokens=(64, 128), batches=(1,), models=("0.5b",), cache_bytes=1 << 20)
+    options = ops.Options("cpu", None, here.effort, timing.CACHES, nvtx=False, deadline=math.inf)
+    sent: list[tuple[str, int, Any]] = []
+    listed = list(enumerate(jobs.split([name], sizes)))
+    assert ops.work(options, set(), listed, lambda *message: sent.append(message)) == len(listed) == 2
+    about = {key: value for kind, _, content in sent if kind == "about" for key, value in content.items()}
+    rows = [content for kind, _, content in sent if kind == "row"]
+    assert set(about["empty_kernel_microseconds"]) == {
+        f"{c} {m}" for c in timing.CACHES for m in ("eager", "graph")
+    }
+    keys = [(row["case"], row["cache"]) for row in rows]
+    assert len(set(keys)) == len(keys)
+    for row in rows:
+        assert row.keys() >= FIELDS
+        assert (row["mode"], row["capture_failures"]) == ("graph", {})
+    result = {"kind": "ops", "device": "d", "torch": "t", "commit": "c", **about, "rows": rows}
+    json.dumps(result, allow_nan=False)
+    cli.bench.show(result)
+    assert {row["verdict"] for row in compare.compare(rows, rows, 0.05)} == {"same"}
 
 
 def test_jobs_of_a_gpu_begin_with_the_smallest() -> None:
