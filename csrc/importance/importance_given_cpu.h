@@ -118,7 +118,7 @@ struct FoldGiven {
         for (int64_t p = first; p < last; ++p) {
             const Panel& panel = run.panels[p];
             if (panel.highest < lowest) continue;
-            if (!staged) stage_group<level>(run.targets, begin, count, scratch.group);
+            if (!staged) stage_group<level>(run.targets, begin, run.end, scratch.group);
             staged = true;
             const int32_t* edge = panel.lowest >= highest ? nullptr : threshold;
             float* mass = scratch.mass + at * kLanes;

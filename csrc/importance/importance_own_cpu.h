@@ -180,7 +180,7 @@ struct FoldOwn {
         const Panel& panel = *run.panel;
         const int64_t begin = run.first + t;
         const int64_t count = std::min<int64_t>(kTargetGroup, run.last - begin);
-        stage_group<level>(run.targets, begin, count, scratch.group);
+        stage_group<level>(run.targets, begin, run.last, scratch.group);
         int32_t threshold[kTargetGroup];
         for (int64_t i = 0; i < kTargetGroup; ++i) {
             threshold[i] = run.targets.threshold[begin + std::min(i, count - 1)];

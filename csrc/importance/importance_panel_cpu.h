@@ -181,13 +181,18 @@ struct PackPanel {
     }
 };
 
-// Targets [begin, begin + kTargetGroup); those from begin + count on repeat the last one.
+// Targets [begin, begin + kTargetGroup) of those before `end`; the last one is repeated past it.
+// Asks for the next group besides: its rows are far apart, which processors do not foresee.
 template <CpuLevel level, typename T>
-LIGHTVLM_INLINE void stage_group(const Targets<T>& targets, int64_t begin, int64_t count,
+LIGHTVLM_INLINE void stage_group(const Targets<T>& targets, int64_t begin, int64_t end,
                                  uint32_t* group) {
+    constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t i = 0; i < kTargetGroup; ++i) {
-        const int64_t t = begin + (i < count ? i : count - 1);
+        const int64_t t = begin + i < end ? begin + i : end - 1;
         stage_vector<level>(targets.at(t), targets.width, group + i * kUnitPitch);
+        if (begin + kTargetGroup + i >= end) continue;
+        const T* next = targets.at(begin + kTargetGroup + i);
+        for (int64_t d = 0; d < targets.width; d += kLine) __builtin_prefetch(next + d);
     }
 }
 
