@@ -21,9 +21,13 @@ def linear_weights(layer: nn.Module) -> int:
 
 def attention_width(adapter: Adapter) -> int:
     """Query heads times head width."""
+    return int(adapter.decoder.config.num_attention_heads) * head_width(adapter)
+
+
+def head_width(adapter: Adapter) -> int:
+    """Channels of an attention head."""
     config = adapter.decoder.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(config.num_attention_heads * head_dim)
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def layer_flops(weights: int, width: int, tokens: int) -> int:

@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightvlm_ext._kv import PACKED_HEAD_DIMS
+
 from . import attention_hook
+from .flops import head_width
 from .layout import BatchLayout, LayoutError, read_layout
-from .methods.base import AttentionPart, PrefillPart
+from .methods.base import AttentionPart, PrecisionPart, PrefillPart
 from .models import find_adapter
 from .models.base import Adapter
 from .plan import Plan
@@ -60,8 +63,7 @@ def attach(model: nn.Module, plan: Plan, *, trace: bool = False) -> Run:
     adapter = find_adapter(model)
     if any(hasattr(attention, "_lightvlm_run") for attention in adapter.attentions):
         raise ValueError("model is attached already; detach the other run first")
-    if plan.precision is not None:
-        raise ValueError("plan.precision is not supported by this version")
+    _check_precision(plan, adapter)
     attention_hook.check_implementation(adapter.decoder.config._attn_implementation)
     if isinstance(plan.prefill, PrefillPart):
         stages = plan.prefill.stages(len(adapter.layers))
@@ -71,6 +73,28 @@ def attach(model: nn.Module, plan: Plan, *, trace: bool = False) -> Run:
                 f"{adapter.first_layer} on"
             )
     return Run(adapter, plan, trace)
+
+
+def _check_precision(plan: Plan, adapter: Adapter) -> None:
+    """Refuse a plan whose precision part does not fit the model or the other parts."""
+    part = plan.precision
+    if part is None:
+        return
+    if not isinstance(part, PrecisionPart):
+        raise ValueError(f"plan.precision is a {type(part).__name__}, which this version does not know")
+    if plan.cache is not None:
+        raise ValueError("plan.precision cannot be combined with plan.cache: tokens are packed, not evicted")
+    if part.separates and not isinstance(plan.prefill, AttentionPart):
+        raise ValueError(
+            "plan.precision has low_bits, which needs a prefill part that says what is important (zipvl)"
+        )
+    if isinstance(plan.prefill, AttentionPart) and plan.prefill.unimportant == "drop" and part.separates:
+        raise ValueError("plan.precision has low_bits, but plan.prefill drops the tokens they are for")
+    width = head_width(adapter)
+    if width not in PACKED_HEAD_DIMS:
+        raise ValueError(
+            f"model has heads of {width} channels; a packed cache needs {', '.join(map(str, PACKED_HEAD_DIMS))}"
+        )
 
 
 class Run:
@@ -212,14 +236,17 @@ class Run:
             use_cache = getattr(self._adapter.decoder.config, "use_cache", True)
         # without anything to do, the model's own cache is left alone
         drops = self._sparse is not None and self._sparse.part.unimportant == "drop"
-        needed = self._prefill is not None or self.plan.cache is not None or drops
+        parts = self.plan.cache is not None or self.plan.precision is not None
+        needed = self._prefill is not None or parts or drops
         if _is_compact(cache) or (needed and (use_cache or cache is not None)):
             self._cache = inputs["past_key_values"] = self._own_cache(cache, self._layout)
         return None
 
     def _step_aside(self, reason: str) -> None:
         """Note that the plan does not apply, if there is anything that it would have done."""
-        if self._reduces or self.plan.cache is not None or isinstance(self.plan.prefill, AttentionPart):
+        plan = self.plan
+        parts = plan.cache is not None or plan.precision is not None
+        if self._reduces or parts or isinstance(plan.prefill, AttentionPart):
             self._stats.step_aside(reason)
 
     def _read_layout(self, inputs: dict[str, Any], mask: Tensor | None) -> BatchLayout:
@@ -307,6 +334,8 @@ class Run:
                 shortened = self._prefill is not None and self._prefill.reduced
                 tail = level.tail if level is not None and shortened else self._layout.length
                 layer.begin(starts, self._layout.length, tail, shortened)
+        elif layer is not None and layer.packed is not None:
+            out = attention_hook.packed_rows(query, layer, scale)
         elif layer is not None and layer.ragged:
             bounds = None if _whole(layer) else layer.bounds()
             out = attention_hook.decode_rows(query, key, value, bounds, scale)
@@ -335,6 +364,8 @@ class Run:
             self._stats.add_sparse(self._sparse)
             if cache is not None and self._sparse.part.unimportant == "drop":
                 cache.keep_only(self._sparse.selections, self._sparse.tail)
+        if self._prompt and cache is not None:
+            cache.pack_prompt(self._sparse.selections if self._sparse is not None else None)
         self._stats.add_cache(cache if cache is not None else getattr(output, "past_key_values", None))
 
     def _forget(self) -> None:

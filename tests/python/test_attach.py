@@ -146,7 +146,7 @@ def _mistral() -> nn.Module:
             _text_model,
             REDUCE,
             TypeError,
-            "model is a LlamaForCausalLM, which lightvlm does not know; supported: LlavaForConditionalGeneration, ",
+            "model is a LlamaForCausalLM, which lightvlm does not know; supported: InternVLForConditionalGeneration, ",
         ),
         (
             lambda: LLAVA.build().model,
@@ -184,7 +184,12 @@ def _mistral() -> nn.Module:
             ValueError,
             "layers must start at 1 or later: the score comes from the layer before",
         ),
-        (LLAVA.build, lightvlm.Plan(precision=_Precision()), ValueError, "plan.precision is not supported"),
+        (
+            LLAVA.build,
+            lightvlm.Plan(precision=_Precision()),
+            ValueError,
+            "plan.precision is a _Precision, which this version does not know",
+        ),
     ],
 )
 def test_what_attach_refuses(

@@ -10,7 +10,7 @@ import lightvlm
 import pytest
 import torch
 from lightvlm import CompactCache
-from lightvlm.cache import CompactLayer
+from lightvlm.cache_layer import CompactLayer
 from lightvlm.methods.decode_compaction import DecodeCompaction
 from python.test_prefill import ROWS, lightvlm_plan, prompt
 from python.tiny import DEPTH, LLAVA, QWEN, Family, extend, generate, generate_logits

@@ -55,6 +55,26 @@ def _idle(name: str, reduce: bool) -> int:
     return 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_heads_of_a_width_that_decode_attention_takes(dtype: torch.dtype) -> None:
+    """Real decoders' heads: one launch reads each key once for all heads of its group, in padded batches too."""
+    model, plan, steps = LLAVA.build(dtype, head_dim=32), plan_of("usual"), 19
+    with lightvlm.attach(model, plan) as run:
+        tokens, logits = generate_logits(model, LLAVA.batch(ROWS, dtype), steps)
+        alone = [generate(model, LLAVA.batch([row], dtype), steps)[0] for row in ROWS]
+    assert run.report().op_calls["decode_attention"] > DEPTH * steps
+    if dtype != torch.float32:
+        assert logits.isfinite().all()
+        return
+    assert torch.equal(tokens, torch.stack(alone))
+    limit = 4 * noise(model, LLAVA, ROWS) + 1e-5
+    for b, row in enumerate(ROWS):
+        slow = SlowDecoder(model, slow_options(plan.prefill), COMPACTION["usual"])
+        expected = [slow.read(LLAVA.batch([row]))[-1]]
+        expected += [slow.step(token) for token in tokens[b, :-1].tolist()]
+        assert (logits[b] - torch.stack(expected)).abs().max() <= limit
+
+
 def test_generated_tokens_are_evicted_too(llava: Any) -> None:
     """A prompt of three tokens, and a cache that may hold ten: most that it loses was generated."""
     cache = CompactCache(llava.config)

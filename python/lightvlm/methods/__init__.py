@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from ..plan import Plan
 from .base import Method
+from .kv_precision import KVPrecision
 from .lightvlm import LightVLM
 from .random import Random
+from .zipvl import ZipVLPrefill
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -34,4 +36,4 @@ def method(name: str, **options: object) -> Plan:
     return found.make(**options)
 
 
-__all__ = ["LightVLM", "Random", "method", "method_names"]
+__all__ = ["KVPrecision", "LightVLM", "Random", "ZipVLPrefill", "method", "method_names"]

@@ -20,7 +20,7 @@ from ..plan import Part, Plan
 if TYPE_CHECKING:
     from lightvlm_ext.ops import Selection
 
-    from ..cache import CompactLayer
+    from ..cache_layer import CompactLayer
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,31 @@ class CachePart(Part):
             layer: the cached keys and the last ``rows`` queries.
             leftpad: padding of each row in the prompt, which the logical length counts.
         """
+        raise NotImplementedError
+
+
+class PrecisionPart(Part):
+    """Base of what says in how many bits a cache is stored. Subclasses are frozen dataclasses with these fields."""
+
+    slot = "precision"
+    sinks: int
+    """First tokens of a row that stay in 16 bits."""
+    recent: int
+    """Last tokens of a row that do."""
+    interval: int
+    """Generated tokens that are packed at a time, a multiple of 64."""
+
+    def levels(self, layer: int, layers: int) -> tuple[int, ...]:
+        """Bits of a layer's important tokens, and, where they differ, of the others; () leaves the layer as it is."""
+        raise NotImplementedError
+
+    @property
+    def separates(self) -> bool:
+        """Whether important tokens get other bits than the rest."""
+        raise NotImplementedError
+
+    def important(self, scores: Tensor) -> Tensor:
+        """How many (R,) int32 of so many generated tokens (R, N) are important, by the attention they receive."""
         raise NotImplementedError
 
 

@@ -22,7 +22,7 @@ from ..plan import check_options, option, register_part
 from .base import CachePart, check_keep
 
 if TYPE_CHECKING:
-    from ..cache import CompactLayer
+    from ..cache_layer import CompactLayer
 
 
 @register_part("cache", "decode_compaction")
