@@ -27,6 +27,7 @@ namespace {
 using namespace decode_detail;
 
 constexpr int64_t kItemTokens = 512;
+constexpr int64_t kRunItems = 4;
 // Spans begin at multiples of it, or where the row's tokens begin.
 constexpr int64_t kSpanGrid = kPackedBlockMultiple;
 constexpr int64_t kItemWeights = kItemTokens / kSpanTokens * kScorePitch;  // of a head
@@ -167,8 +168,13 @@ class Decoder {
             round_ = {first, std::min(first + layout_.round_rows, params_.batch)};
             const int64_t heads = (round_.end - round_.begin) * params_.key_heads;
             const int64_t width = params_.head_dim * layout_.group / 8;
-            parallel_dynamic(heads * layout_.slots * tiles_, kItemTokens * width,
-                             [&](int64_t item) { attend(item); });
+            // Runs of items, as each fetches what the next will read.
+            const int64_t items = heads * layout_.slots * tiles_;
+            parallel_dynamic((items + kRunItems - 1) / kRunItems, kRunItems * kItemTokens * width,
+                             [&](int64_t run) {
+                                 const int64_t end = std::min(items, (run + 1) * kRunItems);
+                                 for (int64_t i = run * kRunItems; i < end; ++i) attend(i);
+                             });
             parallel_items(heads * layout_.group, (layout_.slots + 1) * layout_.channels / 8,
                            [&](int64_t begin, int64_t end) {
                                for (int64_t item = begin; item < end; ++item) merge(item);

@@ -41,12 +41,15 @@ LIGHTVLM_TARGET_AVX512_BF16 LIGHTVLM_INLINE void add_bf16_products(__m512& sum, 
 template <int kHeads>
 LIGHTVLM_TARGET_AVX512_BF16 void score_bf16(const Span& span, Bf16Work* work, float* scores) {
     const __m512 unit = _mm512_set1_ps(span.unit);
+    RowsAhead ahead(span.value, span.value_stride, span.head_dim * 2);
     for (int n = 0; n < span.tokens; n += 32) {
         transpose_rows(span, n, span.head_dim * 2, work->dwords);
         __m512 sums[kHeads][2];
 #pragma GCC unroll 8
         for (int h = 0; h < kHeads; ++h) sums[h][0] = sums[h][1] = _mm512_setzero_ps();
         for (int64_t j = 0; j < span.head_dim / 2; ++j) {
+            ahead.step();
+            ahead.step();
             const __m512i a = _mm512_load_si512(work->dwords + j * 32);
             const __m512i b = _mm512_load_si512(work->dwords + j * 32 + 16);
 #pragma GCC unroll 8
@@ -68,6 +71,7 @@ LIGHTVLM_TARGET_AVX512_BF16 void score_bf16(const Span& span, Bf16Work* work, fl
 
 template <int kHeads>
 LIGHTVLM_TARGET_AVX512_BF16 void value_bf16(const Span& span, Bf16Work* work, float* out) {
+    RowsAhead ahead(span.key + span.tokens * span.key_stride, span.key_stride, span.head_dim * 2);
     for (int64_t d = 0; d < span.channels; d += 32) {
         pair_rows(span, span.head_dim * 2, d / 16, work->pairs);
         __m512 sums[kHeads][2];
@@ -77,6 +81,8 @@ LIGHTVLM_TARGET_AVX512_BF16 void value_bf16(const Span& span, Bf16Work* work, fl
             for (int i = kSpanTokens / 2; i < kSpanTokens; ++i) work->pairs[i] = __m512i{};
         }
         for (int n = 0; n < span.tokens; n += 2) {
+            ahead.step();
+            ahead.step();
             const __m512i a = _mm512_load_si512(work->pairs + n / 2);
             const __m512i b = _mm512_load_si512(work->pairs + (kSpanTokens + n) / 2);
 #pragma GCC unroll 8

@@ -118,7 +118,7 @@ LIGHTVLM_TARGET_AVX512_VNNI void fold_query(const Span& span, const float* query
 // 32 tokens against kHeads heads.
 template <int bits, int kHeads>
 LIGHTVLM_TARGET_AVX512_VNNI void score_tokens(const uint32_t* dwords, const PackedQuery& query,
-                                              int64_t count, float* scores) {
+                                              int64_t count, RowsAhead* ahead, float* scores) {
     constexpr int kCodes = kCodesPerWord<bits>;
     __m512i sums[kHeads][2];
 #pragma GCC unroll 8
@@ -127,6 +127,9 @@ LIGHTVLM_TARGET_AVX512_VNNI void score_tokens(const uint32_t* dwords, const Pack
         const __m512i first = _mm512_load_si512(dwords + j * 32);
         const __m512i second = _mm512_load_si512(dwords + j * 32 + 16);
         const uint32_t* weight = query.weight + j * kHeadTile * kCodes;
+        // 32 tokens have two lines in 4 bytes of their rows.
+        ahead->step();
+        ahead->step();
 #pragma GCC unroll 8
         for (int k = 0; k < kCodes; ++k) {
             const __m512i a = code_of<bits>(first, k);
@@ -154,9 +157,10 @@ template <int bits, int kHeads>
 LIGHTVLM_TARGET_AVX512_VNNI void score_span(const Span& span, const PackedQuery& query,
                                             uint32_t* dwords, float* scores) {
     const int64_t row_bytes = span.channels * bits / 8;
+    RowsAhead ahead(span.value, span.value_stride, row_bytes);
     for (int n = 0; n < span.tokens; n += 32) {
         transpose_rows(span, n, row_bytes, dwords);
-        score_tokens<bits, kHeads>(dwords, query, row_bytes / 4, scores + n);
+        score_tokens<bits, kHeads>(dwords, query, row_bytes / 4, &ahead, scores + n);
     }
 }
 
@@ -220,12 +224,14 @@ LIGHTVLM_TARGET_AVX512_VNNI inline void weigh_tokens(const Span& span, const flo
 // Codes first and first + 1 of every word: sums[(h * kCodesPerWord + k) * 16 + lane].
 template <int bits, int kHeads, int first>
 LIGHTVLM_TARGET_AVX512_VNNI void sum_codes(const __m512i* pairs, int count, const int16_t* weight,
-                                           float* sums) {
+                                           RowsAhead* ahead, float* sums) {
     __m512i sum[kHeads][2];
 #pragma GCC unroll 8
     for (int h = 0; h < kHeads; ++h) sum[h][0] = sum[h][1] = _mm512_setzero_si512();
     for (int i = 0; i < count; ++i) {
         const __m512i words = _mm512_load_si512(pairs + i);
+        // Two tokens have a line in 32 bytes of their rows.
+        if constexpr (first == 0) ahead->step();
         const __m512i a = code_of<bits>(words, first);
         const __m512i b = code_of<bits>(words, first + 1);
 #pragma GCC unroll 8
@@ -244,7 +250,7 @@ LIGHTVLM_TARGET_AVX512_VNNI void sum_codes(const __m512i* pairs, int count, cons
         _mm512_store_ps(to + 16, _mm512_cvtepi32_ps(sum[h][1]));
     }
     if constexpr (first + 2 < kCodesPerWord<bits>) {
-        sum_codes<bits, kHeads, first + 2>(pairs, count, weight, sums);
+        sum_codes<bits, kHeads, first + 2>(pairs, count, weight, ahead, sums);
     }
 }
 
@@ -273,10 +279,11 @@ LIGHTVLM_TARGET_AVX512_VNNI void value_span(const Span& span, const PackedWeight
     constexpr int kCodes = kCodesPerWord<bits>;
     const int64_t row_bytes = span.channels * bits / 8;
     alignas(64) float sums[kHeads * kCodes * 16];
+    RowsAhead ahead(span.key + span.tokens * span.key_stride, span.key_stride, row_bytes);
     for (int64_t c = 0; 32 * c < row_bytes; ++c) {
         if (c % 2 == 0) pair_rows(span, row_bytes, c, pairs);
         sum_codes<bits, kHeads, 0>(pairs + c % 2 * (kSpanTokens / 2), (span.tokens + 1) / 2,
-                                   weights.weight, sums);
+                                   weights.weight, &ahead, sums);
 #pragma GCC unroll 8
         for (int h = 0; h < kHeads; ++h) {
             const int64_t first = c * kCodes * 16;

@@ -61,6 +61,28 @@ struct alignas(64) SpanScratch {
     alignas(64) unsigned char work[kSpanTokens * kMaxChannels * 2 + kHeadTile * kSpanTokens * 8];
 };
 
+// Fetches a line of rows at each step, so that memory works while sums are made: scores fetch the
+// span's values, values the keys that come next. Addresses may lie outside the tensor.
+class RowsAhead {
+  public:
+    LIGHTVLM_INLINE RowsAhead(const char* rows, int64_t stride, int64_t row_bytes)
+        : row_(rows), stride_(stride), row_bytes_(stride == row_bytes ? INT64_MAX : row_bytes) {}
+
+    LIGHTVLM_INLINE void step() {
+        __builtin_prefetch(row_ + at_, 0, 2);
+        at_ += 64;
+        const bool ends = at_ >= row_bytes_;
+        row_ += ends ? stride_ : 0;
+        at_ = ends ? 0 : at_;
+    }
+
+  private:
+    const char* row_;
+    int64_t stride_;
+    int64_t row_bytes_;
+    int64_t at_ = 0;
+};
+
 // The sum of 16 numbers, in halves; they are overwritten.
 LIGHTVLM_INLINE float fold_lanes(float* sum) {
     for (int half = 8; half > 0; half /= 2) {
