@@ -27,18 +27,18 @@ template <typename T>
 struct DiverseFeatures {
     const T* data;
     int64_t token_stride;
-    int64_t channels;
+    int32_t channels;
     bool aligned;  // 16 bytes may be loaded at every eighth channel
 
     __device__ DiverseFeatures(const T* data, int64_t token_stride, int64_t channels)
         : data(data),
           token_stride(token_stride),
-          channels(channels),
+          channels(static_cast<int32_t>(channels)),
           aligned((reinterpret_cast<uintptr_t>(data) | token_stride * sizeof(T)) % 16 == 0 &&
                   channels % kDiverseGroup == 0) {}
 
     // Channels [c, c + 8) of token i, zeros past the last.
-    __device__ __forceinline__ void load(int64_t i, int64_t c, float (&x)[kDiverseGroup]) const {
+    __device__ __forceinline__ void load(int64_t i, int32_t c, float (&x)[kDiverseGroup]) const {
         const T* from = data + i * token_stride + c;
         if (aligned && c < channels) {
             union {
@@ -103,7 +103,7 @@ __device__ void measure_features(const DiverseFeatures<T>& features, int64_t tok
     constexpr int kAtOnce = 4;
     constexpr int kTeams = kThreads / kLanes;
     const int lane = threadIdx.x % kLanes;
-    const int64_t chunks = (features.channels + kDiverseChunk - 1) / kDiverseChunk;
+    const int32_t chunks = (features.channels + kDiverseChunk - 1) / kDiverseChunk;
     const int64_t rounds = (tokens + kTeams * kAtOnce - 1) / (kTeams * kAtOnce);
     for (int64_t round = 0; round < rounds; ++round) {
         int64_t token[kAtOnce];
@@ -114,8 +114,8 @@ __device__ void measure_features(const DiverseFeatures<T>& features, int64_t tok
         }
         float x[kAtOnce][kDiverseGroup];
         uint32_t largest[kAtOnce] = {};  // as bits, where NaN is above infinity
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-            const int64_t c = chunk * kDiverseChunk + lane * kDiverseGroup;
+        for (int32_t chunk = 0; chunk < chunks; ++chunk) {
+            const int32_t c = chunk * kDiverseChunk + lane * kDiverseGroup;
             LIGHTVLM_UNROLL
             for (int j = 0; j < kAtOnce; ++j) features.load(token[j], c, x[j]);
             LIGHTVLM_UNROLL
@@ -137,8 +137,8 @@ __device__ void measure_features(const DiverseFeatures<T>& features, int64_t tok
             }
             own_scale[j] = diverse_scale(__uint_as_float(largest[j]));
         }
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-            const int64_t c = chunk * kDiverseChunk + lane * kDiverseGroup;
+        for (int32_t chunk = 0; chunk < chunks; ++chunk) {
+            const int32_t c = chunk * kDiverseChunk + lane * kDiverseGroup;
             if (chunks > 1) {  // else it is still there
                 LIGHTVLM_UNROLL
                 for (int j = 0; j < kAtOnce; ++j) features.load(token[j], c, x[j]);

@@ -12,13 +12,9 @@
 namespace lightvlm {
 
 // Orders by key, then by lower index; 0: no token.
-__device__ __forceinline__ unsigned long long choice_key(uint32_t key, int64_t i) {
+__device__ __forceinline__ unsigned long long choice_key(uint32_t key, uint32_t i) {
     if (key == kKeyNone) return 0;
-    return static_cast<unsigned long long>(key) << 32 | (0xffffffffu - static_cast<uint32_t>(i));
-}
-
-__device__ __forceinline__ uint32_t choice_token(unsigned long long key) {
-    return 0xffffffffu - static_cast<uint32_t>(key);
+    return static_cast<unsigned long long>(key) << 32 | (0xffffffffu - i);
 }
 
 __device__ __forceinline__ unsigned long long warp_highest(unsigned long long key) {
@@ -51,19 +47,19 @@ struct PoolShared {
 // the pool; returns its size, 0 where nothing is free. A barrier has to follow before shared is
 // read.
 template <int kThreads, int kPool>
-__device__ int fill_pool(const uint32_t* keys, int64_t begin, int64_t end,
+__device__ int fill_pool(const uint32_t* keys, uint32_t begin, uint32_t end,
                          PoolShared<kThreads, kPool>& shared) {
     constexpr int kWarps = kThreads / kWarpThreads;
     const int lane = threadIdx.x % kWarpThreads;
     const int warp = threadIdx.x / kWarpThreads;
     // A thread owns neighbours, so that the order of the threads is that of the tokens: an odd
     // number, so that the threads of a warp read different banks.
-    const int64_t each = (end - begin + kThreads - 1) / kThreads | 1;
-    const int64_t own_begin = begin + threadIdx.x * each;
-    const int64_t own_end = own_begin + each < end ? own_begin + each : end;
+    const uint32_t each = (end - begin + kThreads - 1) / kThreads | 1;
+    const uint32_t own_begin = begin + threadIdx.x * each;
+    const uint32_t own_end = own_begin + each < end ? own_begin + each : end;
 
     uint32_t top = kKeyNone;
-    for (int64_t i = own_begin; i < own_end; ++i) top = keys[i] > top ? keys[i] : top;
+    for (uint32_t i = own_begin; i < own_end; ++i) top = keys[i] > top ? keys[i] : top;
     top = __reduce_max_sync(kFullWarp, top);
     if (lane == 0) shared.tops[warp] = top;
     if (threadIdx.x < 8) shared.counts[threadIdx.x] = 0;
@@ -79,7 +75,7 @@ __device__ int fill_pool(const uint32_t* keys, int64_t begin, int64_t end,
         const int step = (low + high) / 2;
         const uint32_t bound = pool_step_key(top, step);
         uint32_t found = 0;
-        for (int64_t i = own_begin; i < own_end; ++i) found += keys[i] >= bound ? 1 : 0;
+        for (uint32_t i = own_begin; i < own_end; ++i) found += keys[i] >= bound ? 1 : 0;
         found = __reduce_add_sync(kFullWarp, found);
         if (lane == 0 && found > 0) atomicAdd(&shared.counts[turn], found);
         __syncthreads();
@@ -96,7 +92,7 @@ __device__ int fill_pool(const uint32_t* keys, int64_t begin, int64_t end,
 
     // Slots in the order of the tokens, the sure ones first.
     unsigned long long own = 0;  // the sure ones, and in the upper half the others
-    for (int64_t i = own_begin; i < own_end; ++i) {
+    for (uint32_t i = own_begin; i < own_end; ++i) {
         if (keys[i] >= surely) {
             own += 1;
         } else if (keys[i] >= perhaps) {
@@ -108,7 +104,7 @@ __device__ int fill_pool(const uint32_t* keys, int64_t begin, int64_t end,
     uint32_t slot = static_cast<uint32_t>(before);
     uint32_t next = above + static_cast<uint32_t>(before >> 32);
     unsigned long long outside = 0;
-    for (int64_t i = own_begin; i < own_end; ++i) {
+    for (uint32_t i = own_begin; i < own_end; ++i) {
         const uint32_t key = keys[i];
         if (key >= surely) {
             shared.token[slot++] = static_cast<int32_t>(i);

@@ -13,7 +13,6 @@ namespace lightvlm {
 // Scratch of the functions below.
 template <int kThreads>
 struct RowScratch {
-    long long positions[kThreads / kWarpThreads];
     uint32_t words[kThreads / kWarpThreads];
 };
 
@@ -26,8 +25,8 @@ struct SelectionRow {
     int32_t* inverse;
     int64_t row;
     int32_t segment_id;
-    int64_t begin;  // the segment's tokens lie in [begin, end)
-    int64_t end;
+    int32_t begin;  // the segment's tokens lie in [begin, end)
+    int32_t end;
 
     __device__ __forceinline__ bool in_segment(int64_t i) const {
         return segment == nullptr || segment[i] == segment_id;
@@ -68,47 +67,54 @@ __device__ void for_each_segment(const SelectionRows& rows, int64_t row_index,
     row.row = row_index;
     row.segment_id = 0;
     row.begin = 0;
-    row.end = tokens;
+    row.end = static_cast<int32_t>(tokens);
 
-    constexpr long long kNoSegment = 1ll << 32;
-    const long long limit = rows.keep_per_segment ? rows.keep_columns : kNoSegment;
-    const auto lower = [](long long a, long long b) { return a < b ? a : b; };
-    long long next = kNoSegment;
+    constexpr uint32_t kNoSegment = 1u << 31;  // above all ids
+    // Read anew wherever it is needed: what lives across the body costs it registers.
+    const auto limit = [&] {
+        return rows.keep_per_segment && rows.keep_columns < kNoSegment
+                   ? static_cast<uint32_t>(rows.keep_columns)
+                   : kNoSegment;
+    };
+    const auto lower = [](uint32_t a, uint32_t b) { return a < b ? a : b; };
+    uint32_t next = kNoSegment;
     for (int64_t i = threadIdx.x; i < tokens; i += kThreads) {
         row.inverse[i] = row.is_forced(i) ? 0 : -1;
         if (row.segment == nullptr) continue;
-        const long long id = row.segment[i];
-        if (id >= limit) {
+        const int32_t id = row.segment[i];
+        if (id < 0) continue;
+        if (static_cast<uint32_t>(id) >= limit()) {
             report_device_error(rows.error, kErrorSegmentRange);
-        } else if (id >= 0) {
-            next = lower(next, id);
+        } else {
+            next = lower(next, static_cast<uint32_t>(id));
         }
     }
     __syncthreads();
-    if (row.segment == nullptr) {
-        body(row);
-        __syncthreads();
-        return;
-    }
-    next = block_reduce<kThreads>(next, scratch.positions, lower);
-    while (next < limit) {
-        const long long id = next;
-        long long first = tokens;
-        long long last_negated = 0;
-        next = kNoSegment;
-        for (int64_t i = threadIdx.x; i < tokens; i += kThreads) {
-            const long long other = row.segment[i];
-            if (other == id) {
-                first = lower(first, i);
-                last_negated = -i;
-            } else if (other > id && other < limit) {
-                next = lower(next, other);
+    const bool segmented = row.segment != nullptr;
+    if (segmented) next = block_reduce<kThreads>(next, scratch.words, lower);
+    // One call of the body, which is inlined: a row without segments is a segment.
+    for (bool more = !segmented || next < limit(); more; more = segmented && next < limit()) {
+        if (segmented) {
+            const uint32_t id = next;
+            uint32_t first = static_cast<uint32_t>(tokens);
+            uint32_t behind_last = 0;
+            next = kNoSegment;
+            for (int64_t i = threadIdx.x; i < tokens; i += kThreads) {
+                // A negative id is above all others.
+                const uint32_t other = static_cast<uint32_t>(row.segment[i]);
+                if (other == id) {
+                    first = lower(first, static_cast<uint32_t>(i));
+                    behind_last = static_cast<uint32_t>(i) + 1;
+                } else if (other > id && other < limit()) {
+                    next = lower(next, other);
+                }
             }
+            row.segment_id = static_cast<int32_t>(id);
+            row.begin = static_cast<int32_t>(block_reduce<kThreads>(first, scratch.words, lower));
+            row.end = static_cast<int32_t>(block_reduce<kThreads>(
+                behind_last, scratch.words, [](uint32_t a, uint32_t b) { return a > b ? a : b; }));
+            next = block_reduce<kThreads>(next, scratch.words, lower);
         }
-        row.segment_id = static_cast<int32_t>(id);
-        row.begin = block_reduce<kThreads>(first, scratch.positions, lower);
-        row.end = 1 - block_reduce<kThreads>(last_negated, scratch.positions, lower);
-        next = block_reduce<kThreads>(next, scratch.positions, lower);
         body(row);
         __syncthreads();
     }

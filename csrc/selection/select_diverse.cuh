@@ -9,13 +9,14 @@
 //           them with the choices they have not seen and with each other, and then chooses among
 //           them, one by one, as long as the best of them exceeds every bound outside: some 10 to
 //           60 choices a round, the same that comparing all with all would make.
-// Owner     One block owns one row. A warp owns 16 tokens of the pool and half the columns of a
-//           tile of mma.m16n8k16 (fp32 accumulation; fp32 features in two fp16 terms and three
-//           products, diverse_features.cuh). Warp 0 chooses, kPool / 32 tokens a lane.
+// Owner     One block owns one row. A warp owns 32 tokens of the pool and a quarter of the columns
+//           of a tile of kPool choices, by mma.m16n8k16 (fp32 accumulation; fp32 features in two
+//           fp16 terms and three products, diverse_features.cuh). Warp 0 chooses, kPool / 32 tokens
+//           a lane.
 // Exact     Sums depend on neither batch, block size of another row nor scheduling; atomics are
 //           maxima and counts.
-// Shared    Under 99 KiB: the pool as fp16 (34 KiB), a tile of 64 choices, and in its place later
-//           the pool's products with itself, bounds of up to 6,144 tokens (else in the workspace).
+// Shared    Under 99 KiB: the pool as fp16 (34 KiB), as many choices, and in their place later the
+//           pool's cosines to itself, bounds of up to 6,144 tokens (24 KiB; else in the workspace).
 // Bound     Latency of the rounds and tensor cores of one SM: about 0.2 to 0.7 * budget * tokens *
 //           channels multiplications (docs/kernels/select_diverse.md).
 #pragma once
@@ -30,25 +31,29 @@
 
 namespace lightvlm {
 
-// The workspace of one row.
+// The workspace of one row. Computed from one pointer: six would stay in registers.
 struct DiverseState {
-    uint32_t* keys;       // [tokens], score_key(value as far as known); kKeyNone: not free
-    float* nearest;       // [tokens]
-    float* scale;         // [tokens], see diverse_scale(); 0: resembles nothing
-    float* inverse_norm;  // [tokens], of the scaled vector
-    int32_t* seen;        // [tokens], the choices that `nearest` knows
-    int32_t* chosen;      // [tokens], the segment's choices in their order
+    int32_t* words;  // [kDiverseWords, tokens]
+    int64_t tokens;
 
-    __device__ DiverseState(int32_t* words, int64_t tokens)
-        : keys(reinterpret_cast<uint32_t*>(words)),
-          nearest(reinterpret_cast<float*>(words + tokens)),
-          scale(reinterpret_cast<float*>(words + 2 * tokens)),
-          inverse_norm(reinterpret_cast<float*>(words + 3 * tokens)),
-          seen(words + 4 * tokens),
-          chosen(words + 5 * tokens) {}
+    // [tokens], score_key(value as far as known); kKeyNone: not free
+    __device__ __forceinline__ uint32_t* keys() const { return reinterpret_cast<uint32_t*>(words); }
+    __device__ __forceinline__ float* nearest() const { return floats(1); }
+    // See diverse_scale(); 0: resembles nothing.
+    __device__ __forceinline__ float* scale() const { return floats(2); }
+    // Of the scaled vector.
+    __device__ __forceinline__ float* inverse_norm() const { return floats(3); }
+    // The choices that nearest() knows.
+    __device__ __forceinline__ int32_t* seen() const { return words + 4 * tokens; }
+    // The segment's choices in their order.
+    __device__ __forceinline__ int32_t* chosen() const { return words + 5 * tokens; }
+
+  private:
+    __device__ __forceinline__ float* floats(int64_t place) const {
+        return reinterpret_cast<float*>(words + place * tokens);
+    }
 };
 
-constexpr int kDiverseTile = 64;            // choices that the pool is compared with at a time
 constexpr int kDiverseSharedTokens = 6144;  // whose bounds fit into shared memory
 
 // Products of the pool's tokens a > b, at a (a - 1) / 2 + b.
@@ -61,7 +66,7 @@ struct SelectDiverseShared {
     static constexpr int kThreads = 4 * kPool;
     DiverseOperand<kTerms, kPool> pool;
     union {
-        DiverseOperand<kTerms, kDiverseTile> tile;
+        DiverseOperand<kTerms, kPool> tile;  // choices
         float cosines[kPool * (kPool - 1) / 2];
     };
     RowScratch<kThreads> row;
@@ -72,8 +77,8 @@ struct SelectDiverseShared {
     float inverse_norm[kPool];
     uint32_t nearest[kPool];  // bits of a float >= 0, which order as integers
     int32_t seen[kPool];
-    float tile_inverse_norm[2][kDiverseTile];  // two tiles take turns
-    int32_t taken;                             // in the latest round
+    float tile_inverse_norm[2][kPool];  // two tiles take turns
+    int32_t taken;                      // in the latest round
     uint32_t keys[kDiverseSharedTokens];
 };
 
@@ -82,9 +87,11 @@ template <int kPool, typename T>
 struct DiverseBlock {
     static constexpr int kTerms = kDiverseTerms<T>;
     static constexpr int kThreads = 4 * kPool;
-    static constexpr int kRowGroups = kPool / 16;
-    static constexpr int kSteps = kDiverseChunk / 16;     // of mma in a chunk
-    static constexpr int kBlocks = kDiverseTile / 8 / 2;  // of 8 columns that a warp owns
+    static constexpr int kSteps = kDiverseChunk / 16;  // of mma in a chunk
+    // A warp's part of a tile: 2 x 16 rows, kBlocks x 8 columns.
+    static constexpr int kRowParts = kPool / 32;
+    static constexpr int kColumns = kPool / 4;
+    static constexpr int kBlocks = kColumns / 8;
     static constexpr int kGroups = kDiverseChunk / kDiverseGroup;
     using Shared = SelectDiverseShared<kPool, kTerms>;
 
@@ -95,19 +102,16 @@ struct DiverseBlock {
     uint32_t* keys;  // in shared memory or in the workspace
     int32_t choices;
 
-    // Fragments of this warp's 16 tokens of the pool.
-    struct Own {
-        uint32_t a[kTerms][kSteps][4];
-    };
+    using Sums = float[kTerms][2][kBlocks][4];
 
-    __device__ __forceinline__ int row_group() const {
-        return static_cast<int>(threadIdx.x) / kWarpThreads % kRowGroups;
+    __device__ __forceinline__ int first_row() const {
+        return static_cast<int>(threadIdx.x) / kWarpThreads % kRowParts * 32;
     }
-    __device__ __forceinline__ int column_half() const {
-        return static_cast<int>(threadIdx.x) / kWarpThreads / kRowGroups;
+    __device__ __forceinline__ int first_column() const {
+        return static_cast<int>(threadIdx.x) / kWarpThreads / kRowParts * kColumns;
     }
 
-    __device__ void stage_pool(int size, int64_t c) {
+    __device__ void stage_pool(int size, int32_t c) {
         LIGHTVLM_UNROLL
         for (int unit = threadIdx.x; unit < kPool * kGroups; unit += kThreads) {
             const int row = unit / kGroups;
@@ -118,71 +122,79 @@ struct DiverseBlock {
         }
     }
 
-    __device__ void stage_tile(int32_t first, int64_t c, float* inverse_norm) {
-        for (int unit = threadIdx.x; unit < kDiverseTile * kGroups; unit += kThreads) {
+    __device__ void stage_tile(int32_t first, int32_t c, float* inverse_norm) {
+        for (int unit = threadIdx.x; unit < kPool * kGroups; unit += kThreads) {
             const int row = unit / kGroups;
             const int channel = unit % kGroups * kDiverseGroup;
             float x[kDiverseGroup] = {};
             float scale = 0.0f;
             if (first + row < choices) {
-                const int32_t token = state.chosen[first + row];
-                scale = state.scale[token];
+                const int32_t token = state.chosen()[first + row];
+                scale = state.scale()[token];
                 features.load(token, c + channel, x);
-                if (channel == 0) inverse_norm[row] = state.inverse_norm[token];
+                if (channel == 0) inverse_norm[row] = state.inverse_norm()[token];
             }
             shared.tile.store(row, channel, x, scale);
         }
     }
 
-    __device__ __forceinline__ void load_own(Own& own) const {
-        const int row = row_group() * 16 + threadIdx.x % kWarpThreads / 4;
+    // sums += own tokens of the pool x own rows of `columns`, over one chunk.
+    __device__ __forceinline__ void multiply(const DiverseOperand<kTerms, kPool>& columns,
+                                             Sums& sums) const {
+        const int group = threadIdx.x % kWarpThreads / 4;
         const int pair = threadIdx.x % 4 * 2;
-        LIGHTVLM_UNROLL
-        for (int t = 0; t < kTerms; ++t) {
-            LIGHTVLM_UNROLL
-            for (int k = 0; k < kSteps; ++k) {
-                LIGHTVLM_UNROLL
-                for (int part = 0; part < 4; ++part) {
-                    own.a[t][k][part] =
-                        shared.pool.pair(t, row + part % 2 * 8, k * 16 + part / 2 * 8 + pair);
-                }
-            }
-        }
-    }
-
-    // sums[b] += own tokens x the 8 rows of `columns` from first + 8 b on, over one chunk.
-    template <int kRows>
-    __device__ __forceinline__ void multiply(const Own& own,
-                                             const DiverseOperand<kTerms, kRows>& columns,
-                                             int first, float (&sums)[kTerms][kBlocks][4]) const {
-        const int row = first + threadIdx.x % kWarpThreads / 4;
-        const int pair = threadIdx.x % 4 * 2;
-        LIGHTVLM_UNROLL
+        LIGHTVLM_UNROLL_BY(4)
         for (int k = 0; k < kSteps; ++k) {
+            uint32_t a[kTerms][2][4];
+            uint32_t b[kTerms][kBlocks][2];
             LIGHTVLM_UNROLL
-            for (int block = 0; block < kBlocks; ++block) {
-                uint32_t b[kTerms][2];
+            for (int t = 0; t < kTerms; ++t) {
                 LIGHTVLM_UNROLL
-                for (int t = 0; t < kTerms; ++t) {
-                    b[t][0] = columns.pair(t, row + 8 * block, k * 16 + pair);
-                    b[t][1] = columns.pair(t, row + 8 * block, k * 16 + 8 + pair);
+                for (int part = 0; part < 8; ++part) {
+                    a[t][part / 4][part % 4] =
+                        shared.pool.pair(t, first_row() + part / 4 * 16 + part % 2 * 8 + group,
+                                         k * 16 + part % 4 / 2 * 8 + pair);
                 }
-                ptx::mma_m16n8k16<half_t>(sums[0][block], own.a[0][k], b[0]);
-                if constexpr (kTerms == 2) {
-                    ptx::mma_m16n8k16<half_t>(sums[1][block], own.a[0][k], b[1]);
-                    ptx::mma_m16n8k16<half_t>(sums[1][block], own.a[1][k], b[0]);
+                LIGHTVLM_UNROLL
+                for (int part = 0; part < 2 * kBlocks; ++part) {
+                    b[t][part / 2][part % 2] = columns.pair(
+                        t, first_column() + part / 2 * 8 + group, k * 16 + part % 2 * 8 + pair);
+                }
+            }
+            LIGHTVLM_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                LIGHTVLM_UNROLL
+                for (int block = 0; block < kBlocks; ++block) {
+                    ptx::mma_m16n8k16<half_t>(sums[0][half][block], a[0][half], b[0][block]);
+                    if constexpr (kTerms == 2) {
+                        ptx::mma_m16n8k16<half_t>(sums[1][half][block], a[0][half], b[1][block]);
+                        ptx::mma_m16n8k16<half_t>(sums[1][half][block], a[1][half], b[0][block]);
+                    }
                 }
             }
         }
     }
 
-    __device__ __forceinline__ static float product(const float (&sums)[kTerms][kBlocks][4],
-                                                    int block, int i) {
-        if constexpr (kTerms == 2) {
-            return sums[0][block][i] + sums[1][block][i] * (1.0f / kDiverseLow);
-        } else {
-            return sums[0][block][i];
+    // Calls body(column, product) for what this lane holds of one of its four rows.
+    template <typename Body>
+    __device__ __forceinline__ void for_each_product(const Sums& sums, int row, Body body) const {
+        LIGHTVLM_UNROLL
+        for (int block = 0; block < kBlocks; ++block) {
+            LIGHTVLM_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                float product = sums[0][row / 2][block][row % 2 * 2 + i];
+                if constexpr (kTerms == 2) {
+                    product += sums[1][row / 2][block][row % 2 * 2 + i] * (1.0f / kDiverseLow);
+                }
+                body(first_column() + block * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i,
+                     product);
+            }
         }
+    }
+
+    // The slot of the lane's row in [0, 4).
+    __device__ __forceinline__ int own_slot(int row) const {
+        return first_row() + row * 8 + static_cast<int>(threadIdx.x) % kWarpThreads / 4;
     }
 
     // What the pool's tokens are; the pool is in shared.choice. Returns the first choice that one
@@ -197,14 +209,14 @@ struct DiverseBlock {
             if (slot >= size) continue;
             const int32_t i = shared.choice.token[slot];
             const float worth = diverse_worth(row.scores[i]);
-            const float scale = state.scale[i];
+            const float scale = state.scale()[i];
             shared.worth[slot] = worth;
             shared.scale[slot] = scale;
-            shared.inverse_norm[slot] = state.inverse_norm[i];
-            shared.nearest[slot] = __float_as_uint(state.nearest[i]);
+            shared.inverse_norm[slot] = state.inverse_norm()[i];
+            shared.nearest[slot] = __float_as_uint(state.nearest()[i]);
             // Nothing times any similarity is nothing, and a zero vector resembles nothing.
             if (worth == 0.0f || scale == 0.0f) continue;
-            first = state.seen[i];
+            first = state.seen()[i];
             shared.seen[slot] = first;
         }
         return block_reduce<kThreads>(first, reinterpret_cast<int32_t*>(shared.row.words),
@@ -212,88 +224,74 @@ struct DiverseBlock {
     }
 
     // Compares the pool with the choices from `first` on.
-    __device__ void compare_with_choices(Own& own, int size, int32_t first) {
-        const int lane = threadIdx.x % kWarpThreads;
-        const int64_t channels = features.channels;
-        const int columns = column_half() * kBlocks * 8;
-        int32_t unseen = choices;  // the first choice that one of the own tokens has not seen
-        for (int r = 0; r < 16; ++r) {
-            const int32_t seen = shared.seen[row_group() * 16 + r];
-            unseen = seen < unseen ? seen : unseen;
-        }
-        for (int32_t tile = first; tile < choices; tile += kDiverseTile) {
-            const bool needed = unseen < tile + kDiverseTile && tile + columns < choices;
+    __device__ void compare_with_choices(int size, int32_t first) {
+        int32_t unseen = shared.seen[first_row() + threadIdx.x % kWarpThreads];
+        unseen = __reduce_min_sync(kFullWarp, unseen);
+        for (int32_t tile = first; tile < choices; tile += kPool) {
+            // Of the warp: a token that has not seen one of its columns.
+            const bool needed =
+                unseen < tile + first_column() + kColumns && tile + first_column() < choices;
             // While a warp still reads these, another may be staging the next tile.
-            float* inverse_norm = shared.tile_inverse_norm[(tile - first) / kDiverseTile % 2];
-            float sums[kTerms][kBlocks][4] = {};
-            for (int64_t c = 0; c < channels; c += kDiverseChunk) {
-                if (channels > kDiverseChunk) stage_pool(size, c);
+            float* inverse_norm = shared.tile_inverse_norm[(tile - first) / kPool % 2];
+            Sums sums = {};
+            for (int32_t c = 0; c == 0 || c < features.channels; c += kDiverseChunk) {
+                if (features.channels > kDiverseChunk) stage_pool(size, c);
                 stage_tile(tile, c, inverse_norm);
                 __syncthreads();
-                if (channels > kDiverseChunk) load_own(own);
-                if (needed) multiply(own, shared.tile, columns, sums);
+                if (needed) multiply(shared.tile, sums);
                 __syncthreads();
             }
             if (!needed) continue;
+            const int columns = choices - tile < kPool ? choices - tile : kPool;
             LIGHTVLM_UNROLL
-            for (int part = 0; part < 2; ++part) {
-                const int slot = row_group() * 16 + lane / 4 + part * 8;
+            for (int row = 0; row < 4; ++row) {
+                const int slot = own_slot(row);
+                const float own_norm = shared.inverse_norm[slot];
                 float nearest = 0.0f;
-                LIGHTVLM_UNROLL
-                for (int block = 0; block < kBlocks; ++block) {
-                    LIGHTVLM_UNROLL
-                    for (int i = 0; i < 2; ++i) {
-                        const int column = columns + block * 8 + lane % 4 * 2 + i;
-                        if (tile + column >= choices) continue;
-                        const float cosine = product(sums, block, part * 2 + i) *
-                                             (shared.inverse_norm[slot] * inverse_norm[column]);
-                        nearest = cosine > nearest ? cosine : nearest;
-                    }
-                }
+                for_each_product(sums, row, [&](int column, float product) {
+                    if (column >= columns) return;
+                    const float cosine = product * (own_norm * inverse_norm[column]);
+                    nearest = cosine > nearest ? cosine : nearest;
+                });
                 for (int step = 1; step < 4; step *= 2) {
                     const float other = __shfl_xor_sync(kFullWarp, nearest, step);
                     nearest = other > nearest ? other : nearest;
                 }
-                if (lane % 4 == 0) atomicMax(&shared.nearest[slot], __float_as_uint(nearest));
+                if (threadIdx.x % 4 == 0) {
+                    atomicMax(&shared.nearest[slot], __float_as_uint(nearest));
+                }
             }
         }
     }
 
     // The cosines of the pool's tokens to each other.
-    __device__ void compare_with_pool(Own& own, int size) {
-        const int lane = threadIdx.x % kWarpThreads;
-        const int64_t channels = features.channels;
-        for (int tile = 0; tile < size; tile += kDiverseTile) {
-            const int columns = tile + column_half() * kBlocks * 8;
-            // Only the products of a token with those before it.
-            const bool needed = columns < row_group() * 16 + 15 && columns < kPool;
-            float sums[kTerms][kBlocks][4] = {};
-            for (int64_t c = 0; c < channels; c += kDiverseChunk) {
-                if (channels > kDiverseChunk) {
-                    __syncthreads();
-                    stage_pool(size, c);
-                    __syncthreads();
-                    load_own(own);
-                }
-                if (needed) multiply(own, shared.pool, columns, sums);
+    __device__ void compare_with_pool(int size) {
+        // Only of a token to those before it.
+        const bool needed = first_column() < first_row() + 31;
+        Sums sums = {};
+        for (int32_t c = 0; c == 0 || c < features.channels; c += kDiverseChunk) {
+            if (features.channels > kDiverseChunk) {
+                __syncthreads();
+                stage_pool(size, c);
+                __syncthreads();
             }
-            if (!needed) continue;
-            LIGHTVLM_UNROLL
-            for (int block = 0; block < kBlocks; ++block) {
-                LIGHTVLM_UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    const int a = row_group() * 16 + lane / 4 + i / 2 * 8;
-                    const int b = columns + block * 8 + lane % 4 * 2 + i % 2;
-                    if (b >= a) continue;
-                    shared.cosines[pair_place(a, b)] =
-                        product(sums, block, i) * (shared.inverse_norm[a] * shared.inverse_norm[b]);
-                }
-            }
+            if (needed) multiply(shared.pool, sums);
+        }
+        if (!needed) return;
+        LIGHTVLM_UNROLL
+        for (int row = 0; row < 4; ++row) {
+            const int slot = own_slot(row);
+            const float own_norm = shared.inverse_norm[slot];
+            float* cosines = shared.cosines + slot * (slot - 1) / 2;
+            for_each_product(sums, row, [&](int column, float product) {
+                if (column >= slot) return;
+                cosines[column] = product * (own_norm * shared.inverse_norm[column]);
+            });
         }
     }
 
     // Warp 0: chooses from the pool as long as its best exceeds all that is outside.
-    __device__ void take(const SelectionRow& row, int size, int64_t budget) {
+    __device__ void take(const SelectionRow& row, int size, int32_t budget) {
         constexpr int kOwn = kPool / kWarpThreads;
         const int lane = threadIdx.x;
         unsigned long long outside =
@@ -340,7 +338,7 @@ struct DiverseBlock {
             if (lane == 0) {
                 row.inverse[winner] = 0;
                 keys[winner] = kKeyNone;
-                state.chosen[choices + taken] = static_cast<int32_t>(winner);
+                state.chosen()[choices + taken] = static_cast<int32_t>(winner);
             }
             LIGHTVLM_UNROLL
             for (int j = 0; j < kOwn; ++j) {
@@ -356,8 +354,8 @@ struct DiverseBlock {
         for (int j = 0; j < kOwn; ++j) {
             if (key[j] == kKeyNone) continue;
             keys[token[j]] = key[j];
-            state.nearest[token[j]] = nearest[j];
-            state.seen[token[j]] = choices + taken;
+            state.nearest()[token[j]] = nearest[j];
+            state.seen()[token[j]] = choices + taken;
         }
         if (lane == 0) shared.taken = taken;
     }
@@ -377,13 +375,13 @@ struct DiverseBlock {
                 free_tokens += free;
             }
             if (own) {
-                state.nearest[i] = 0.0f;
-                state.seen[i] = 0;
+                state.nearest()[i] = 0.0f;
+                state.seen()[i] = 0;
             }
             if (row.forced == nullptr) continue;
             uint32_t forced_here;
             const uint32_t rank = block_rank<kThreads>(forced, shared.row.words, &forced_here);
-            if (forced) state.chosen[choices + rank] = static_cast<int32_t>(i);
+            if (forced) state.chosen()[choices + rank] = static_cast<int32_t>(i);
             choices += static_cast<int32_t>(forced_here);
         }
         return block_reduce<kThreads>(free_tokens, reinterpret_cast<int32_t*>(shared.row.words),
@@ -391,27 +389,28 @@ struct DiverseBlock {
     }
 
     __device__ void choose(const SelectionRow& row) {
-        int64_t budget = segment_budget(params.rows, row);
-        if (budget == 0) return;
-        if (budget >= start(row)) {  // whatever resembles whatever
+        const int64_t wanted = segment_budget(params.rows, row);
+        if (wanted == 0) return;
+        if (wanted >= start(row)) {  // whatever resembles whatever
             for (int64_t i = row.begin + threadIdx.x; i < row.end; i += kThreads) {
                 if (row.is_candidate(i)) row.inverse[i] = 0;
             }
             return;
         }
+        int32_t budget = static_cast<int32_t>(wanted);
         while (budget > 0) {
-            const int size = fill_pool<kThreads, kPool>(keys, row.begin, row.end, shared.choice);
+            const int size =
+                fill_pool<kThreads, kPool>(keys, static_cast<uint32_t>(row.begin),
+                                           static_cast<uint32_t>(row.end), shared.choice);
             if (size == 0) return;
             __syncthreads();
             const int32_t first = load_pool(row, size);
-            Own own;
             if (features.channels <= kDiverseChunk) {
                 stage_pool(size, 0);
                 __syncthreads();
-                load_own(own);
             }
-            compare_with_choices(own, size, first);
-            compare_with_pool(own, size);
+            compare_with_choices(size, first);
+            compare_with_pool(size);
             __syncthreads();
             if (threadIdx.x < kWarpThreads) take(row, size, budget);
             __syncthreads();
@@ -428,14 +427,17 @@ __global__ void __launch_bounds__(4 * kPool, 1) select_diverse_kernel(SelectDive
     auto& shared = *shared_memory<typename Block::Shared>();
     const int64_t row_index = blockIdx.x;
     const int64_t tokens = params.rows.tokens;
-    const DiverseState state(params.workspace + row_index * kDiverseWords * tokens, tokens);
+    const DiverseState state{params.workspace + row_index * kDiverseWords * tokens, tokens};
     const DiverseFeatures<T> features(
         static_cast<const T*>(params.features) + row_index * params.features_row_stride,
         params.features_token_stride, params.channels);
-    Block block{
-        params, features, state, shared, tokens <= kDiverseSharedTokens ? shared.keys : state.keys,
-        0};
-    measure_features<Block::kThreads>(features, tokens, state.scale, state.inverse_norm);
+    Block block{params,
+                features,
+                state,
+                shared,
+                tokens <= kDiverseSharedTokens ? shared.keys : state.keys(),
+                0};
+    measure_features<Block::kThreads>(features, tokens, state.scale(), state.inverse_norm());
     for_each_segment<Block::kThreads>(params.rows, row_index, shared.row,
                                       [&](const SelectionRow& row) { block.choose(row); });
     write_selection<Block::kThreads>(params.rows, row_index, shared.row);

@@ -33,6 +33,8 @@ void select_diverse_op(const Tensor& scores,
     params.features_row_stride = features.stride(0);
     params.features_token_stride = features.stride(1);
     params.channels = features.size(2);
+    check(params.channels < INT32_MAX - 1024, "features: has ", params.channels,
+          " channels, must be below 2^31");
     check(std::isfinite(strength) && strength >= 0.0, "strength: got ", strength, ", must be >= 0");
     // Infinity times no similarity is not a number.
     params.strength = static_cast<float>(std::min<double>(strength, FLT_MAX));
