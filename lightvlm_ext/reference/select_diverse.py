@@ -77,12 +77,14 @@ def _greedy(
 ) -> list[int]:
     """Positions chosen, one by one, among scores (n,) and unit (n, C); first (f, C) are chosen before."""
     worth = relevance(scores)
+    # Infinity times nothing is not a number.
+    strength = min(strength, torch.finfo(worth.dtype).max)
     nearest = torch.zeros_like(worth)
     if first.shape[0]:
         nearest = (unit @ first.T).amax(dim=1).clamp_min(0).to(worth.dtype)
     chosen: list[int] = []
     for _ in range(min(keep, scores.numel())):
-        value = worth * (1 - strength * nearest)
+        value = torch.where(worth > 0, worth * (1 - strength * nearest), 0)
         value[chosen] = -math.inf
         best = int((value == value.max()).nonzero()[0])
         chosen.append(best)

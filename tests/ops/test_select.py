@@ -167,6 +167,35 @@ def test_matches_the_reference_at_odd_sizes(backend: Backend, tokens: int, kind:
         assert_same(backend.select(scores, **arguments), expected)
 
 
+def misleading(tokens: int, kind: str) -> torch.Tensor:
+    """Rows of which a sample says little: most of what counts lies in few places."""
+    scores = torch.rand(1, tokens)
+    place = torch.arange(tokens)
+    if kind == "steps":
+        scores = (place // 1000).float()[None]
+    elif kind == "needles":
+        scores[0, ::97] += 10
+    elif kind == "block":
+        scores[0, : tokens // 3] += 10
+    elif kind == "columns":
+        scores[0, place % 64 == 0] = 5.0
+    elif kind == "few_values":
+        scores = (scores * 5).floor()
+    elif kind == "range":
+        scores = (scores - 0.5) * 10.0 ** torch.randint(-38, 38, (1, tokens)).float()
+    return scores
+
+
+@pytest.mark.parametrize("kind", ["steps", "needles", "block", "columns", "few_values", "range"])
+def test_long_rows_that_mislead_a_sample(kind: str) -> None:
+    tokens = 20011
+    scores = misleading(tokens, kind)
+    for keep in (1, 2, 100, tokens // 97, tokens // 3, tokens // 3 + 1, tokens // 2, tokens - 1):
+        assert_same(CPU.select(scores, keep=keep), REFERENCE.select(scores, keep=keep))
+    for mass in (1e-6, 0.01, 0.5, 0.99, 1.0):
+        assert_same(CPU.select(scores, mass=mass), REFERENCE.select(scores, mass=mass))
+
+
 @native_backend
 def test_long_rows_with_everything(backend: Backend) -> None:
     rows, tokens, groups = 3, 3000, 5

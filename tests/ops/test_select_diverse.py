@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -140,6 +143,79 @@ def test_larger_and_16_bit(backend: Backend, dtype: torch.dtype, tokens: int, ch
     check_selection(backend.select_diverse(scores, features, **arguments), scores, features, **arguments)
 
 
+def check_greedy_choice(
+    result: Selection, scores: torch.Tensor, features: torch.Tensor, forced: torch.Tensor
+) -> None:
+    """As check_greedy for one row and strength 1, by matrices."""
+    kept = result.inverse[0] >= 0
+    unit = torch.nn.functional.normalize(features[0].double(), dim=-1)
+    cosine = unit @ unit.T
+    worth = scores[0].double().clamp_min(0)
+    nearest = torch.zeros_like(worth)
+    if forced.any():
+        nearest = cosine[:, forced[0]].amax(dim=1).clamp_min(0)
+    left = kept & ~forced[0]
+    slack = 1e-5 * float(worth.max())
+    while left.any():
+        value = worth * (1 - nearest)
+        best = int(value.masked_fill(~left, -INF).argmax())
+        assert float(value.masked_fill(kept, -INF).max()) <= float(value[best]) + slack
+        left[best] = False
+        nearest = torch.maximum(nearest, cosine[best])
+
+
+@pytest.mark.parametrize("backend", NATIVE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "channels"), [(300, 128), (420, 136), (301, 129), (270, 300)])
+def test_many_rounds_of_tokens_that_resemble_each_other(
+    backend: Backend, dtype: torch.dtype, tokens: int, channels: int
+) -> None:
+    centres = torch.randn(12, channels)
+    features = centres[torch.randint(12, (tokens,))] + 0.5 * torch.randn(tokens, channels) + 0.5
+    features = features.to(dtype)[None]
+    scores = torch.randn(1, tokens).exp()
+    forced = torch.rand(1, tokens) < 0.02
+    result = backend.select_diverse(scores, features, keep=tokens // 3, forced=forced)
+    assert result.count.item() == tokens // 3 + int(forced.sum())
+    check_greedy_choice(result, scores, features, forced)
+
+
+@pytest.mark.parametrize("backend", NATIVE, ids=str)
+def test_more_tokens_than_bounds_in_shared_memory(backend: Backend) -> None:
+    tokens = 6200
+    scores, features = torch.rand(1, tokens), torch.randn(1, tokens, 8).bfloat16()
+    result = backend.select_diverse(scores, features, keep=60)
+    check_greedy_choice(result, scores, features, torch.zeros(1, tokens, dtype=torch.bool))
+
+
+@every_backend
+def test_a_budget_for_all_keeps_all_candidates(backend: Backend) -> None:
+    scores, features = torch.randn(1, 50), torch.randn(1, 50, 4)
+    candidates = torch.rand(1, 50) < 0.5
+    for keep in (int(candidates.sum()), 50):
+        result = backend.select_diverse(scores, features, keep=keep, candidates=candidates)
+        assert torch.equal(result.inverse >= 0, candidates)
+
+
+@every_backend
+def test_tokens_worth_nothing_go_by_index(backend: Backend) -> None:
+    scores, features = -torch.rand(1, 400), torch.randn(1, 400, 4)
+    scores[0, 390] = 1.0
+    result = backend.select_diverse(scores, features, keep=200)
+    assert result.index[0].tolist() == [*range(199), 390]
+
+
+@every_backend
+def test_any_strength(backend: Backend) -> None:
+    # The second token turns negative, the third is worth nothing.
+    features = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.0]]])
+    scores = torch.tensor([[1.0, 0.9, 0.0, 0.1]])
+    for strength in (3.0, 1e30, 1e300):
+        for keep, kept in ((1, [0]), (2, [0, 3]), (3, [0, 2, 3])):
+            result = backend.select_diverse(scores, features, keep=keep, strength=strength)
+            assert result.index[0].tolist() == kept
+
+
 @every_backend
 def test_ties_go_to_the_lower_index(backend: Backend) -> None:
     features = torch.eye(3)[[0, 0, 1, 1, 2, 2]][None]
@@ -255,12 +331,40 @@ def test_opcheck() -> None:
 
 
 def test_result_does_not_depend_on_threads() -> None:
-    scores, features = torch.rand(16, 300), torch.randn(16, 300, 32)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = ops.select_diverse(scores, features, keep=50).index
-        torch.set_num_threads(4)
-        assert torch.equal(ops.select_diverse(scores, features, keep=50).index, expected)
-    finally:
-        torch.set_num_threads(threads)
+    # Many rows are shared out among threads; of one row its products are.
+    for rows, tokens, channels in ((16, 300, 32), (1, 400, 1024)):
+        scores, features = torch.rand(rows, tokens), torch.randn(rows, tokens, channels) + 0.3
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            expected = ops.select_diverse(scores, features, keep=150).index
+            torch.set_num_threads(4)
+            assert torch.equal(ops.select_diverse(scores, features, keep=150).index, expected)
+        finally:
+            torch.set_num_threads(threads)
+
+
+LEVELS_PROGRAM = """
+import torch
+from lightvlm_ext import ops
+torch.manual_seed(0)
+scores, features = torch.rand(2, 400), torch.randn(2, 400, 50) + 0.5
+print(ops.select_diverse(scores, features.half(), keep=140).index.tolist())
+scores = torch.randn(3, 9000).softmax(dim=1)
+print(ops.select(scores, keep=3000).index.tolist(), ops.select(scores, mass=0.9).inverse.tolist())
+"""
+
+
+def test_result_does_not_depend_on_the_level_of_the_processor() -> None:
+    found = set()
+    for level in ("portable", "avx2", "avx512"):
+        environment = {**os.environ, "LIGHTVLM_CPU_LEVEL": level, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", LEVELS_PROGRAM],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found.add(done.stdout)
+    assert len(found) == 1
