@@ -178,8 +178,13 @@ def test_known_ceilings_are_described() -> None:
     ("op", "parameters", "limit"),
     [
         ("importance", {"window": 16, "tokens": 8192, "batch": 1}, "<= 5 us"),
-        ("importance", {"window": 128, "tokens": 8192, "batch": 1, "model": "7b"}, "<= 23 us"),
-        ("importance", {"window": 128, "tokens": 8192, "batch": 8, "model": "7b"}, None),
+        (
+            "importance",
+            {"window": 128, "lse": "given", "tokens": 8192, "batch": 1, "model": "7b"},
+            "<= 23 us",
+        ),
+        ("importance", {"window": 128, "lse": "own", "tokens": 8192, "batch": 1, "model": "7b"}, None),
+        ("importance", {"window": 128, "lse": "given", "tokens": 8192, "batch": 8, "model": "7b"}, None),
         ("importance", {"tokens": 8192, "batch": 1}, None),
         ("decode_attention", {"bits": 4, "tokens": 8192, "batch": 8}, ">= 0.75 share of floor"),
         ("decode_attention", {"bits": 4, "tokens": 8192, "batch": 1}, None),
