@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ops.backends import BACKENDS, CPU, EMULATED, NATIVE, REFERENCE, Backend, load_emulation
+from ops.backends import BACKENDS, CPU, NATIVE, REFERENCE, Backend
 
 import lightvlm_ext
 from lightvlm_ext import _library, ops
@@ -18,6 +18,7 @@ from lightvlm_ext import _library, ops
 ROOT = Path(__file__).resolve().parents[2]
 every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 native_backend = pytest.mark.parametrize("backend", NATIVE, ids=str)
+device_backend = pytest.mark.parametrize("backend", [b for b in NATIVE if b.is_device], ids=str)
 
 LAYOUTS = ("tokens", "heads", "interleaved", "padded", "reversed")
 INDEX_KINDS = ("random", "all", "none", "first", "last", "alternating", "runs")
@@ -185,13 +186,14 @@ def test_long_prefixes_that_stay(backend: Backend, prefix: int) -> None:
         key.before, value.before = key.tensor.clone(), value.tensor.clone()
 
 
-def test_bad_entries_in_prefixes_that_seem_to_stay_are_found() -> None:
+@device_backend
+def test_bad_entries_in_prefixes_that_seem_to_stay_are_found(backend: Backend) -> None:
     lightvlm_ext.device_errors()
     for wrong, message in ((7, "ascending"), (-1, "outside"), (2900, "outside")):
         key, value = (make_cache("tokens", 1, 2900, 1, 2, torch.float32) for _ in range(2))
         index = torch.arange(2900, dtype=torch.int32)[None].clone()
         index[0, 1000] = wrong
-        EMULATED.compact_kv_(key.tensor, value.tensor, index, torch.tensor([2900], dtype=torch.int32))
+        backend.compact_kv_(key.tensor, value.tensor, index, torch.tensor([2900], dtype=torch.int32))
         assert message in "".join(lightvlm_ext.device_errors())
         key.check_unchanged()
 
@@ -492,7 +494,8 @@ def test_the_place_of_a_bad_index_is_named() -> None:
         ops.compact_kv_(caches[:2], caches[2:], [index, bad], [count, count])
 
 
-def test_bad_values_do_not_move_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@device_backend
+def test_bad_values_do_not_move_on_a_device(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     lightvlm_ext.device_errors()
 
     def run(*rows: list[int], tokens: int = 10, slots: int = 5) -> list[list[float]]:
@@ -501,7 +504,7 @@ def test_bad_values_do_not_move_on_a_device(monkeypatch: pytest.MonkeyPatch) -> 
             index[b, : len(row)] = torch.tensor(row)
         key = torch.arange(float(tokens)).repeat(len(rows), 1).reshape(-1, tokens, 1, 1)
         value = key + 100
-        EMULATED.compact_kv_(key, value, index, torch.tensor([len(r) for r in rows], dtype=torch.int32))
+        backend.compact_kv_(key, value, index, torch.tensor([len(r) for r in rows], dtype=torch.int32))
         assert torch.equal(value, key + 100)
         return key[..., 0, 0].tolist()
 
@@ -515,12 +518,12 @@ def test_bad_values_do_not_move_on_a_device(monkeypatch: pytest.MonkeyPatch) -> 
     # A count that is out of range moves nothing of its row.
     key, value = torch.arange(6.0).repeat(3, 1).reshape(3, 6, 1, 1), torch.zeros(3, 6, 1, 1)
     index = torch.tensor([[4, 5]] * 3, dtype=torch.int32)
-    EMULATED.compact_kv_(key, value, index, torch.tensor([3, 1, -1], dtype=torch.int32))
+    backend.compact_kv_(key, value, index, torch.tensor([3, 1, -1], dtype=torch.int32))
     assert key[..., 0, 0].tolist() == [[0, 1, 2, 3, 4, 5], [4, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
     assert "count" in "".join(lightvlm_ext.device_errors())
     monkeypatch.setenv("LIGHTVLM_CHECK", "1")
     with pytest.raises(ValueError, match="count"):
-        EMULATED.compact_kv_(key, value, index, torch.tensor([3, 1, 1], dtype=torch.int32))
+        backend.compact_kv_(key, value, index, torch.tensor([3, 1, 1], dtype=torch.int32))
     assert lightvlm_ext.device_errors() == []
 
 
@@ -577,11 +580,7 @@ def test_bad_extras(
 @native_backend
 def test_raw_op_calls_are_checked(backend: Backend) -> None:
     """What memory safety needs is checked again in C++."""
-    if backend.is_device:
-        load_emulation()
-    else:
-        _library.load()
-    op = getattr(torch.ops, "lightvlm_emulated" if backend.is_device else "lightvlm").compact_kv
+    op = backend.raw("compact_kv")
     good = ([K, V], [0, 0], [1, 1], [I], [C], None)
     op(*good)
     bad = [

@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ops.backends import BACKENDS, CPU, EMULATED, NATIVE, REFERENCE, Backend, load_emulation
+from ops.backends import BACKENDS, CPU, NATIVE, REFERENCE, Backend
 
 import lightvlm_ext
 from lightvlm_ext import _library, ops
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 native_backend = pytest.mark.parametrize("backend", NATIVE, ids=str)
+device_backend = pytest.mark.parametrize("backend", [b for b in NATIVE if b.is_device], ids=str)
 raising_backend = pytest.mark.parametrize("backend", [REFERENCE, CPU], ids=str)
 
 LAYOUTS = ("tokens", "heads", "interleaved", "padded")
@@ -429,10 +430,13 @@ def test_bad_values_raise_before_anything_moves(
     assert torch.equal(value, key)
 
 
+@device_backend
 @pytest.mark.parametrize(("wrong", "_", "message"), BAD_VALUES)
-def test_bad_values_leave_their_row_alone_on_a_device(wrong: dict[str, object], _: str, message: str) -> None:
+def test_bad_values_leave_their_row_alone_on_a_device(
+    backend: Backend, wrong: dict[str, object], _: str, message: str
+) -> None:
     lightvlm_ext.device_errors()
-    key, value, found = bad_call(EMULATED, wrong)
+    key, value, found = bad_call(backend, wrong)
 
     assert re.search(message, "; ".join(lightvlm_ext.device_errors()))
     expected = torch.arange(36.0).reshape(9, 4)
@@ -444,20 +448,22 @@ def test_bad_values_leave_their_row_alone_on_a_device(wrong: dict[str, object], 
     assert found.freed_pages() == [0, 3]
 
 
-def test_check_mode_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+@device_backend
+def test_check_mode_raises(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTVLM_CHECK", "1")
-    _, _, error = bad_call(EMULATED, {"refcount": 2})
+    _, _, error = bad_call(backend, {"refcount": 2})
     assert isinstance(error, ValueError)
     assert "others share" in str(error)
     assert lightvlm_ext.device_errors() == []
 
 
-def test_a_bad_head_keeps_the_pages_of_its_row() -> None:
+@device_backend
+def test_a_bad_head_keeps_the_pages_of_its_row(backend: Backend) -> None:
     lightvlm_ext.device_errors()
     key = torch.arange(24.0).reshape(6, 2, 2, 1)
     value = key.clone()
     index = int32([[[1, 4], [4, 1]]])
-    found = EMULATED.compact_paged_kv_(key, value, int32([[0, 2, 4]]), index, int32([[2, 2]]))
+    found = backend.compact_paged_kv_(key, value, int32([[0, 2, 4]]), index, int32([[2, 2]]))
     assert "ascending" in "".join(lightvlm_ext.device_errors())
     assert key[0].flatten().tolist() == [2, 1, 16, 3]
     assert [t.tolist() for t in found] == [[3], [-1, -1, -1], [0]]
@@ -529,11 +535,7 @@ def raw_arguments() -> list[object]:
 @native_backend
 def test_raw_op_calls_are_checked(backend: Backend) -> None:
     """What memory safety needs is checked again in C++."""
-    if backend.is_device:
-        load_emulation()
-    else:
-        _library.load()
-    op = getattr(torch.ops, "lightvlm_emulated" if backend.is_device else "lightvlm").compact_paged_kv
+    op = backend.raw("compact_paged_kv")
     op(*raw_arguments())
     bad = [
         (0, [K, V[:5]]), (0, [K, V[:, :3]]), (0, [K, K]), (0, [K, torch.zeros(6)]), (1, [0]), (1, [0, 1]),
