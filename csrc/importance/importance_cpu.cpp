@@ -203,9 +203,10 @@ class Scorer {
                 const Buffer<uint32_t> staged(kLanes * kUnitPitch);
                 const Buffer<uint32_t> units(panel_units(units_));
                 const Buffer<float> logits((targets_ + kTargetGroup) * kPanelLanes);
+                const Buffer<float> peaks(own_blocks(targets_) * kPanelLanes);
                 for (int64_t i = begin + first; i < begin + last; ++i) {
                     const Panel panel = make_panel(i, staged.get(), units.get());
-                    fold_panel(i, panel, scratch.get(), logits.get(),
+                    fold_panel(i, panel, scratch.get(), logits.get(), peaks.get(),
                                folded.get() + (i - begin) * targets_);
                 }
             });
@@ -214,7 +215,7 @@ class Scorer {
     }
 
     void fold_panel(int64_t index, const Panel& panel, OwnScratch* scratch, float* logits,
-                    float* scores) const {
+                    float* peaks, float* scores) const {
         const Slot& slot = slots_[panel_slot_[index]];
         const std::vector<int32_t>& threshold = rows_[slot.b].threshold;
         const auto is_seen = [&panel](int32_t t) { return t <= panel.highest; };
@@ -229,6 +230,7 @@ class Scorer {
         run.scale = scale_;
         run.use_max = params_.max_over_probes();
         run.logits = logits;
+        run.peaks = peaks;
         run.scores = scores;
         const int64_t sets = by_key_ ? 1 : slot.heads;
         for (int64_t head = 0; head < sets; ++head) {

@@ -1,13 +1,15 @@
 // CPU twin of importance with an own softmax: what one panel gives to each target.
 //
-//   1. logits of a group of targets at a time (importance_product_cpu.h), masked, kept for all
-//      targets (targets x lanes, in the L2 cache up to 8k targets), and each probe's maximum;
-//   2. exponentials in their place, and each probe's sum;
-//   3. divided by these, and summed (or their maximum taken) over the lanes of each target.
+//   1. logits of a group of targets at a time (importance_product_cpu.h), masked, for a block of
+//      240 (30 KiB), and each probe's maximum so far;
+//   2. exponentials in their place, relative to that maximum, and each probe's sum;
+//   3. when all are done (targets x lanes, in the L2 cache up to 8k targets): divided by the sums,
+//      each block's from its own maximum, and summed (or their maximum taken) over the lanes.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "importance/importance_exp2_cpu.h"
@@ -18,7 +20,11 @@
 namespace lightvlm::importance_detail {
 
 // Targets whose masses are summed before the sum joins the rest: keeps rounding errors small.
-constexpr int64_t kSumBlock = 64;
+constexpr int64_t kSumBlock = 80;
+// Targets whose logits become exponentials together: of whole groups, lanes and sum blocks.
+constexpr int64_t kOwnBlock = 240;
+static_assert(kOwnBlock % kTargetGroup == 0 && kOwnBlock % kLanes == 0 &&
+              kOwnBlock % kSumBlock == 0);
 
 template <typename T>
 struct OwnRun {
@@ -31,8 +37,11 @@ struct OwnRun {
     bool use_max = false;
     bool add = false;         // to what scores has, else store
     float* logits = nullptr;  // (last - first + kTargetGroup) * lanes, aligned to 64 bytes
+    float* peaks = nullptr;   // own_blocks(last - first) * lanes
     float* scores = nullptr;  // count
 };
+
+constexpr int64_t own_blocks(int64_t targets) { return (targets + kOwnBlock - 1) / kOwnBlock; }
 
 struct OwnScratch {
     alignas(64) uint32_t group[kTargetGroup * kUnitPitch];
@@ -148,29 +157,45 @@ struct FoldOwn {
     template <CpuLevel level, int kVectors>
     static LIGHTVLM_INLINE void fold(const OwnRun<T>& run, OwnScratch& scratch) {
         constexpr int kAll = kVectors * kLanes;
+        constexpr float kNone = -std::numeric_limits<float>::infinity();
         const int64_t count = run.last - run.first;
         float* highest = scratch.highest;
-        std::fill(highest, highest + kAll, -std::numeric_limits<float>::infinity());
-        for (int64_t t = 0; t < count; t += kTargetGroup) {
-            keep_logits<level, kVectors>(run, t, scratch);
-        }
-        for (int lane = 0; lane < kAll; ++lane) {
-            // All logits -inf: exp(-inf - 0) is 0, where -inf - -inf would be NaN.
-            if (!(highest[lane] > -std::numeric_limits<float>::infinity())) highest[lane] = 0.0f;
-        }
+        float* peaks = run.peaks;
         alignas(64) float sum[kAll] = {};
-        for (int64_t t = 0; t < count; t += kSumBlock) {
-            const int64_t some = std::min(kSumBlock, count - t);
-            alignas(64) float block_sum[kAll];
-            exponentials<level, kVectors>(run.logits + t * kAll, some, run.scale, highest,
-                                          block_sum);
-            for (int lane = 0; lane < kAll; ++lane) sum[lane] += block_sum[lane];
+        std::fill(highest, highest + kAll, kNone);
+        for (int64_t block = 0; block < count; block += kOwnBlock, peaks += kAll) {
+            const int64_t end = std::min(block + kOwnBlock, count);
+            float before[kAll];
+            std::memcpy(before, highest, sizeof(before));
+            for (int64_t t = block; t < end; t += kTargetGroup) {
+                keep_logits<level, kVectors>(run, t, scratch);
+            }
+            alignas(64) float shift[kAll];
+            for (int lane = 0; lane < kAll; ++lane) {
+                // All logits -inf: exp(-inf - 0) is 0, where -inf - -inf would be NaN.
+                shift[lane] = highest[lane] > kNone ? highest[lane] : 0.0f;
+                const float down = exponential2((before[lane] - highest[lane]) * run.scale, 0.0f);
+                sum[lane] = before[lane] > kNone ? sum[lane] * down : sum[lane];
+                peaks[lane] = highest[lane];
+            }
+            for (int64_t t = block; t < end; t += kSumBlock) {
+                alignas(64) float some[kAll];
+                exponentials<level, kVectors>(run.logits + t * kAll, std::min(kSumBlock, end - t),
+                                              run.scale, shift, some);
+                for (int lane = 0; lane < kAll; ++lane) sum[lane] += some[lane];
+            }
         }
-        for (int lane = 0; lane < kAll; ++lane) {
-            scratch.inverse[lane] = sum[lane] != 0.0f ? 1.0f / sum[lane] : 0.0f;
-        }
-        for (int64_t t = 0; t < count; t += kLanes) {
-            fold_targets<level, kVectors>(run, t, std::min<int64_t>(kLanes, count - t), scratch);
+        peaks = run.peaks;
+        for (int64_t block = 0; block < count; block += kOwnBlock, peaks += kAll) {
+            for (int lane = 0; lane < kAll; ++lane) {
+                const float inverse = sum[lane] != 0.0f ? 1.0f / sum[lane] : 0.0f;
+                const float down = exponential2((peaks[lane] - highest[lane]) * run.scale, 0.0f);
+                scratch.inverse[lane] = peaks[lane] > kNone ? inverse * down : inverse;
+            }
+            const int64_t end = std::min(block + kOwnBlock, count);
+            for (int64_t t = block; t < end; t += kLanes) {
+                fold_targets<level, kVectors>(run, t, std::min<int64_t>(kLanes, end - t), scratch);
+            }
         }
     }
 
