@@ -161,7 +161,7 @@ after=$(gpu_state)
 nvcc=$(sed -n 's/^CMAKE_CUDA_COMPILER:[A-Z]*=//p' "$prefix/CMakeCache.txt" 2>/dev/null)
 find "$prefix" -name '*.ptxas' -exec cat {} + 2>/dev/null | head -c 4000000 >"$out/ptxas.txt"
 for log in "$notes"/*.log; do
-    [ ! -e "$log" ] || { echo "==> $(basename "$log" .log)"; tail -c 400000 "$log"; echo; }
+    [ ! -e "$log" ] || { echo "==> $(basename "$log" .log)"; tail -c 200000 "$log"; echo; }
 done >"$out/log.txt"
 "$python" - "$notes" "$before" "$after" "$("${nvcc:-nvcc}" --version 2>/dev/null | sed -n 's/.*release //p')" \
     "$(git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || echo unknown)" "$arch" >"$out/summary.json" <<'PYTHON'

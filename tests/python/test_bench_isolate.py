@@ -43,6 +43,12 @@ def test_a_crash_costs_its_group() -> None:
     assert "exit status 7" in dropped[1]
 
 
+def test_a_crash_near_the_deadline_is_a_crash() -> None:
+    found = run(["a crash", "b 1"], deadline=time.monotonic() + 50)
+    assert ("problem", 0, "its process ended with exit status 7") in found
+    assert rows(found) == ["b 1"]
+
+
 def test_a_hang_is_ended() -> None:
     found = run(["a hang", "b 1"], silence=10.0)
     assert rows(found) == ["b 1"]

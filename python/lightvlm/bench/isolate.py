@@ -41,9 +41,16 @@ def in_processes(
         problem = ""
         while not problem:
             late = deadline - time.monotonic()
-            message = child.receive(min(silence, late))
+            try:
+                message = child.receive(min(silence, late))
+            except TimeoutError:
+                over = late <= silence
+                problem = (
+                    "the time for the whole run was over" if over else f"no answer within {silence:.0f} s"
+                )
+                break
             if isinstance(message, str):
-                problem = message if late > silence else "the time for the whole run was over"
+                problem = message
                 break
             kind, number, content = message
             if kind == "begin":
@@ -80,9 +87,13 @@ class _Child:
         theirs.close()
 
     def receive(self, seconds: float) -> tuple[str, int, Any] | str:
-        """The next message, or what is wrong."""
+        """The next message, or how the process ended.
+
+        Raises:
+            TimeoutError: neither came.
+        """
         if not self._pipe.poll(max(seconds, 0.0)):
-            return f"no answer within {max(seconds, 0.0):.0f} s"
+            raise TimeoutError
         try:
             message: tuple[str, int, Any] = self._pipe.recv()
             return message
