@@ -42,7 +42,8 @@ LIGHTVLM_HOST_DEVICE float metric_scale(float largest) {
     constexpr int32_t kSafe = 40;
     const int32_t exponent = exponent_of(largest);
     if (exponent == -127 || exponent == 128) return 0.0f;
-    return exponent >= -kSafe && exponent <= kSafe ? 1.0f : power_of_two(-exponent);
+    if (exponent >= -kSafe && exponent <= kSafe) return 1.0f;
+    return power_of_two(exponent < 126 ? -exponent : -126);  // 2^-127 would be subnormal
 }
 
 // The score of a key that score_key() (selection/score_order.h) has made of a number.

@@ -154,16 +154,6 @@ class Pairs {
         std::vector<int32_t> nearest(one.sources.size(), 0);
         std::vector<float> score(one.sources.size(), 0.0f);
         if (params_.metric_width > 0) {
-            parallel_items(sources + destinations, params_.metric_width,
-                           [&](int64_t begin, int64_t end) {
-                               for (int64_t i = begin; i < end; ++i) {
-                                   const int32_t token =
-                                       i < sources ? one.sources[i] : one.destinations[i - sources];
-                                   measure_vector(metric + token * params_.metric_token_stride,
-                                                  params_.metric_width, &row.scale[token],
-                                                  &row.inverse[token]);
-                               }
-                           });
             find_nearest_kept(
                 NearestKept<T>{metric, params_.metric_token_stride, params_.metric_width,
                                row.scale.data(), row.inverse.data(), one.destinations.data(),

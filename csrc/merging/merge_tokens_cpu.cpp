@@ -146,22 +146,12 @@ class Merge {
         const auto kept = static_cast<int64_t>(members.kept.size());
         const auto dropped = static_cast<int64_t>(members.dropped.size());
         std::vector<int32_t> nearest(members.dropped.size(), 0);
-        std::vector<float> best(members.dropped.size());
         if (kept > 1 && params_.metric_width > 0) {
-            parallel_items(kept + dropped, params_.metric_width, [&](int64_t begin, int64_t end) {
-                for (int64_t i = begin; i < end; ++i) {
-                    const bool is_kept = i < kept;
-                    const int32_t token = is_kept ? members.kept[i] : members.dropped[i - kept];
-                    measure_vector(metric<T>(row) + token * params_.metric_token_stride,
-                                   params_.metric_width, &rows_[row].scale[token],
-                                   is_kept ? &rows_[row].inverse[token] : nullptr);
-                }
-            });
             find_nearest_kept(
                 NearestKept<T>{metric<T>(row), params_.metric_token_stride, params_.metric_width,
                                rows_[row].scale.data(), rows_[row].inverse.data(),
                                members.kept.data(), members.dropped.data(), kept, dropped},
-                nearest.data(), best.data());
+                nearest.data(), nullptr);
         }
         std::vector<int32_t>& target = rows_[row].target;
         for (int64_t d = 0; d < dropped; ++d) {

@@ -2,8 +2,10 @@
 // kPanelColumns columns of a packed panel, fp32 accumulation over k in ascending order for each
 // element, so that an element does not depend on where in a tile it lies.
 //
-// Operands come in units of 32 bits: a float, or two neighbouring bfloat16 for CPUs that multiply
-// those (and add both products to an fp32 sum).
+// Operands come in units of 32 bits: a float; two neighbouring bfloat16 for CPUs that multiply
+// those (and add both products to an fp32 sum); or four neighbouring bytes, those of the rows
+// signed, those of the panel unsigned, for CPUs that multiply these (and add all products to an
+// int32 sum).
 #pragma once
 
 #include <cstdint>
@@ -25,7 +27,8 @@ struct ProductTile {
     int64_t row_pitch;      // in units
     const uint32_t* panel;  // [units][kPanelColumns]
     int64_t units;
-    float* out;  // [kTileRows][out_pitch]: zeroed at the first k, then added to
+    // [kTileRows][out_pitch], float or, of bytes, int32: zeroed at the first k, then added to
+    void* out;
     int64_t out_pitch;
     bool first;
 };
@@ -43,7 +46,7 @@ inline float as_float(uint32_t bits) {
 inline void multiply_portable(const ProductTile& tile) {
     for (int r = 0; r < kTileRows; ++r) {
         float sums[kPanelColumns];
-        float* out = tile.out + r * tile.out_pitch;
+        float* out = static_cast<float*>(tile.out) + r * tile.out_pitch;
         for (int c = 0; c < kPanelColumns; ++c) sums[c] = tile.first ? 0.0f : out[c];
         for (int64_t k = 0; k < tile.units; ++k) {
             const float row = as_float(tile.rows[r * tile.row_pitch + k]);
@@ -62,7 +65,7 @@ LIGHTVLM_TARGET_AVX2 inline void multiply_avx2(const ProductTile& tile) {
     for (int r0 = 0; r0 < kTileRows; r0 += kRows) {
         for (int c0 = 0; c0 < kPanelColumns; c0 += kColumns) {
             __m256 sums[kRows][2];
-            float* out = tile.out + r0 * tile.out_pitch + c0;
+            float* out = static_cast<float*>(tile.out) + r0 * tile.out_pitch + c0;
             for (int r = 0; r < kRows; ++r) {
                 for (int v = 0; v < 2; ++v) {
                     sums[r][v] = tile.first ? _mm256_setzero_ps()
@@ -91,10 +94,11 @@ LIGHTVLM_TARGET_AVX2 inline void multiply_avx2(const ProductTile& tile) {
 
 LIGHTVLM_TARGET_AVX512 inline void multiply_avx512(const ProductTile& tile) {
     __m512 sums[kTileRows][2];
+    auto* out = static_cast<float*>(tile.out);
     for (int r = 0; r < kTileRows; ++r) {
         for (int v = 0; v < 2; ++v) {
             sums[r][v] = tile.first ? _mm512_setzero_ps()
-                                    : _mm512_loadu_ps(tile.out + r * tile.out_pitch + 16 * v);
+                                    : _mm512_loadu_ps(out + r * tile.out_pitch + 16 * v);
         }
     }
     const auto* rows = reinterpret_cast<const float*>(tile.rows);
@@ -110,17 +114,18 @@ LIGHTVLM_TARGET_AVX512 inline void multiply_avx512(const ProductTile& tile) {
     }
     for (int r = 0; r < kTileRows; ++r) {
         for (int v = 0; v < 2; ++v) {
-            _mm512_storeu_ps(tile.out + r * tile.out_pitch + 16 * v, sums[r][v]);
+            _mm512_storeu_ps(out + r * tile.out_pitch + 16 * v, sums[r][v]);
         }
     }
 }
 
 LIGHTVLM_TARGET_AVX512_BF16 inline void multiply_avx512_bf16(const ProductTile& tile) {
     __m512 sums[kTileRows][2];
+    auto* out = static_cast<float*>(tile.out);
     for (int r = 0; r < kTileRows; ++r) {
         for (int v = 0; v < 2; ++v) {
             sums[r][v] = tile.first ? _mm512_setzero_ps()
-                                    : _mm512_loadu_ps(tile.out + r * tile.out_pitch + 16 * v);
+                                    : _mm512_loadu_ps(out + r * tile.out_pitch + 16 * v);
         }
     }
     const uint32_t* panel = tile.panel;
@@ -136,7 +141,40 @@ LIGHTVLM_TARGET_AVX512_BF16 inline void multiply_avx512_bf16(const ProductTile& 
     }
     for (int r = 0; r < kTileRows; ++r) {
         for (int v = 0; v < 2; ++v) {
-            _mm512_storeu_ps(tile.out + r * tile.out_pitch + 16 * v, sums[r][v]);
+            _mm512_storeu_ps(out + r * tile.out_pitch + 16 * v, sums[r][v]);
+        }
+    }
+}
+
+// Unrolled early: otherwise g++ keeps these sums in memory.
+LIGHTVLM_TARGET_AVX512_VNNI inline void multiply_avx512_bytes(const ProductTile& tile) {
+    __m512i sums[kTileRows][2];
+    auto* out = static_cast<int32_t*>(tile.out);
+#pragma GCC unroll 12
+    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+            sums[r][v] = tile.first ? _mm512_setzero_si512()
+                                    : _mm512_loadu_si512(out + r * tile.out_pitch + 16 * v);
+        }
+    }
+    const uint32_t* panel = tile.panel;
+    for (int64_t k = 0; k < tile.units; ++k, panel += kPanelColumns) {
+        const __m512i low = _mm512_loadu_si512(panel);
+        const __m512i high = _mm512_loadu_si512(panel + 16);
+#pragma GCC unroll 12
+        for (int r = 0; r < kTileRows; ++r) {
+            const __m512i row =
+                _mm512_set1_epi32(static_cast<int>(tile.rows[r * tile.row_pitch + k]));
+            sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], low, row);
+            sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], high, row);
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+            _mm512_storeu_si512(out + r * tile.out_pitch + 16 * v, sums[r][v]);
         }
     }
 }
@@ -145,15 +183,26 @@ LIGHTVLM_TARGET_AVX512_BF16 inline void multiply_avx512_bf16(const ProductTile& 
 
 }  // namespace product_detail
 
-// Whether this CPU multiplies bfloat16.
-inline bool has_bf16_products() {
-    return cpu_level(CpuLevel::kAvx512Bf16) == CpuLevel::kAvx512Bf16;
+// What a unit of 32 bits holds.
+enum class ProductUnit { kFloat, kBfloat16Pair, kBytes };
+
+// Whether this CPU multiplies such units; floats it always does.
+inline bool has_product(ProductUnit unit) {
+    switch (unit) {
+        case ProductUnit::kBytes:
+            return cpu_level(CpuLevel::kAvx512Bf16) >= CpuLevel::kAvx512Vnni;
+        case ProductUnit::kBfloat16Pair:
+            return cpu_level(CpuLevel::kAvx512Bf16) >= CpuLevel::kAvx512Bf16;
+        default:
+            return true;
+    }
 }
 
-// bf16: units are pairs of bfloat16; only where has_bf16_products().
-inline MultiplyTile multiply_tile(bool bf16) {
+// Only of a unit that has_product().
+inline MultiplyTile multiply_tile(ProductUnit unit) {
 #if defined(__x86_64__)
-    if (bf16) return product_detail::multiply_avx512_bf16;
+    if (unit == ProductUnit::kBytes) return product_detail::multiply_avx512_bytes;
+    if (unit == ProductUnit::kBfloat16Pair) return product_detail::multiply_avx512_bf16;
     switch (cpu_level()) {
         case CpuLevel::kAvx512:
             return product_detail::multiply_avx512;
@@ -163,7 +212,7 @@ inline MultiplyTile multiply_tile(bool bf16) {
             break;
     }
 #endif
-    (void)bf16;
+    (void)unit;
     return product_detail::multiply_portable;
 }
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +24,6 @@ from tests.ops.backends import (
     load_emulation,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 INF, NAN = math.inf, math.nan
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
@@ -464,30 +459,6 @@ def test_result_does_not_depend_on_threads() -> None:
         torch.set_num_threads(threads)
     for result in results[1:]:
         assert torch.equal(result, results[0])
-
-
-LEVEL_PROGRAM = """
-import torch
-from tests.ops import test_merge_tokens as t
-from tests.ops.backends import CPU
-torch.manual_seed(0)
-for dtype in t.DTYPES:
-    for tokens, width, keep in ((50, 33, 20), (130, 600, 40), (450, 40, 420)):
-        t.check(CPU, *t.random_case(1, tokens, width, keep, dtype, groups=2))
-"""
-
-
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
-def test_cpu_levels(level: str) -> None:
-    environment = {
-        **os.environ,
-        "LIGHTVLM_CPU_LEVEL": level,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", LEVEL_PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_tensor_cores_take_what_is_aligned() -> None:
