@@ -173,6 +173,8 @@ cudaError_t launch_decode_attention_cuda(const DecodeAttentionParams& params, cu
     arguments.params = params;
     const int64_t blocks =
         std::min(kDecodeMostBlocks, kBlocksPerMultiprocessor * int64_t{multiprocessors});
+    arguments.group = static_cast<int32_t>(params.group());
+    arguments.head_tiles = static_cast<int32_t>(params.head_tiles());
     arguments.splits = static_cast<int32_t>(most_splits(params, blocks));
     for (int64_t s = 0; s < params.segments; ++s) {
         arguments.plan[s].first_slot = arguments.slots;

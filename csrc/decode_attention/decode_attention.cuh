@@ -124,12 +124,13 @@ __global__ void __launch_bounds__(decode_warps(kWidth) * kWarpThreads,
     auto& shared = *shared_memory<DecodeShared<kWidth>>();
     auto* rings = reinterpret_cast<unsigned char*>(&shared + 1);
     const DecodeAttentionParams& params = arguments.params;
-    const auto head_tiles = static_cast<int>(params.head_tiles());
-    const int head_tile = static_cast<int>(blockIdx.x) % head_tiles;
-    const int64_t key_split = blockIdx.x / head_tiles;
-    const int64_t key_row = key_split / arguments.splits;  // over batch rows and key heads
-    const int split = static_cast<int>(key_split - key_row * arguments.splits);
-    const int64_t b = key_row / params.key_heads;
+    const auto key_heads = static_cast<int32_t>(params.key_heads);
+    const auto block = static_cast<int32_t>(blockIdx.x);
+    const int head_tile = block % arguments.head_tiles;
+    const int32_t key_split = block / arguments.head_tiles;
+    const int32_t key_row = key_split / arguments.splits;  // over batch rows and key heads
+    const int split = key_split - key_row * arguments.splits;
+    const int32_t b = key_row / key_heads;
 
     if (threadIdx.x < params.segments) read_decode_row(params, b, threadIdx.x, &shared.row);
     __syncthreads();
@@ -137,40 +138,34 @@ __global__ void __launch_bounds__(decode_warps(kWidth) * kWarpThreads,
     if (split >= work.splits) return;
 
     DecodeUnit unit;
-    unit.index = key_row * head_tiles + head_tile;
-    unit.first_head = key_row * params.group() + head_tile * kDecodeHeadTile;
-    unit.heads = static_cast<int>(
-        min(params.group() - head_tile * kDecodeHeadTile, int64_t{kDecodeHeadTile}));
+    unit.index = int64_t{key_row} * arguments.head_tiles + head_tile;
+    unit.first_head = int64_t{key_row} * arguments.group + head_tile * kDecodeHeadTile;
+    unit.heads = min(arguments.group - head_tile * static_cast<int>(kDecodeHeadTile),
+                     static_cast<int>(kDecodeHeadTile));
     load_decode_query(params, b, unit.first_head - b * params.query_heads, unit.heads, &shared);
     __syncthreads();
 
-    // This warp's share: spans that begin in [low, high) of the row's weight.
     const int warp = threadIdx.x / kWarpThreads;
-    const int64_t worker = split * kWarps + warp;
-    const int64_t workers = work.splits * kWarps;
-    const int64_t low = work.weight * worker / workers;
-    const int64_t high = work.weight * (worker + 1) / workers;
+    const DecodeShare share(work, split * kWarps + warp, work.splits * kWarps);
     bool fresh = true;
-    int64_t before = 0;
+    uint32_t before = 0;
     for (int s = 0; s < params.segments; ++s) {
-        const KVSegmentParams& segment = params.segment[s];
-        const int64_t tokens = shared.row.tokens[s];
-        const int64_t weight = decode_span_weight(segment.format);
-        const auto span_at = [&](int64_t at) {
-            return at <= before ? int64_t{0} : (at - before + weight - 1) / weight;
-        };
-        const int64_t first = span_at(low) * kDecodeSpan;
-        const int64_t end = min(span_at(high) * kDecodeSpan, tokens);
+        const KVFormat format = params.segment[s].format;
+        const uint32_t weight = decode_span_weight(format);
+        const int32_t tokens = shared.row.tokens[s];
+        const int64_t first = DecodeShare::first_token(share.low, before, weight);
+        const int64_t end =
+            min(DecodeShare::first_token(share.high, before, weight), int64_t{tokens});
         before += decode_spans(tokens) * weight;
         if (first >= end) continue;
         __syncwarp();  // the run before has been read
         if (threadIdx.x % kWarpThreads == 0) {
-            set_decode_run<kPrecise>(arguments, s, key_row, head_tile, shared.row.begin[s],
-                                     static_cast<int32_t>(first), static_cast<int32_t>(end),
-                                     &shared.run[warp]);
+            set_decode_run<kPrecise>(arguments, s, b, key_row - b * key_heads, head_tile,
+                                     shared.row.begin[s], static_cast<int32_t>(first),
+                                     static_cast<int32_t>(end), &shared.run[warp]);
         }
         __syncwarp();
-        attend_run<kWidth, kPrecise>(arguments, segment.format,
+        attend_run<kWidth, kPrecise>(arguments, format,
                                      rings + warp * kDecodeStages * arguments.stage_bytes, fresh,
                                      &shared);
         fresh = false;

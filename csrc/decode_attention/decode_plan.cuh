@@ -32,6 +32,9 @@ struct DecodeSegmentPlan {
 struct DecodeArguments {
     DecodeAttentionParams params;
     DecodeSegmentPlan plan[kDecodeMaxSegments];
+    // 32 bit here, so that the kernel has no 64-bit division, which is a call.
+    int32_t group;
+    int32_t head_tiles;
     int32_t splits;       // of a unit, at most
     int32_t stage_bytes;  // of the ring of a warp
     // Of each unit and split, heads first: out [kDecodeHeadTile, head_dim], then maximum and sum.
@@ -51,7 +54,8 @@ LIGHTVLM_HOST_DEVICE int64_t decode_part_floats(int64_t head_dim) {
 
 LIGHTVLM_HOST_DEVICE int64_t decode_even(int64_t heads) { return (heads + 1) / 2 * 2; }
 
-constexpr int decode_span_weight(KVFormat format) {
+// At most 8: the spans of all segments have less than 2^29, so that weights are 32 bit.
+constexpr uint32_t decode_span_weight(KVFormat format) {
     switch (format) {
         case KVFormat::kPacked2:
             return 2;
@@ -59,14 +63,11 @@ constexpr int decode_span_weight(KVFormat format) {
             return 3;
         case KVFormat::kPacked8:
             return 5;
-        case KVFormat::kFloat16:
-        case KVFormat::kBFloat16:
-            return 8;
-        case KVFormat::kFloat32:
         default:
-            return 16;
+            return 8;
     }
 }
+static_assert(kDecodeMaxSegments * (INT32_MAX / kDecodeSpan + 1) * 8 <= UINT32_MAX);
 
 // A batch row's valid tokens of each segment, in the block's shared memory.
 struct DecodeRow {
@@ -86,24 +87,44 @@ __device__ __forceinline__ void read_decode_row(const DecodeAttentionParams& par
     row->tokens[segment] = static_cast<int32_t>(valid ? end - begin : 0);
 }
 
-__device__ __forceinline__ int64_t decode_spans(int64_t tokens) {
-    return (tokens + kDecodeSpan - 1) / kDecodeSpan;
+__device__ __forceinline__ uint32_t decode_spans(int32_t tokens) {
+    return (static_cast<uint32_t>(tokens) + kDecodeSpan - 1) / kDecodeSpan;
 }
 
-// The row's spans and their weight, and from them its splits.
+// The weight of a row's spans, and its splits.
 struct DecodeWork {
-    int64_t weight = 0;
+    uint32_t weight = 0;
     int32_t splits = 1;
 
     __device__ DecodeWork(const DecodeArguments& arguments, const DecodeRow& row) {
-        int64_t spans = 0;
+        uint32_t spans = 0;
         for (int s = 0; s < arguments.params.segments; ++s) {
-            const int64_t of_segment = decode_spans(row.tokens[s]);
+            const uint32_t of_segment = decode_spans(row.tokens[s]);
             spans += of_segment;
             weight += of_segment * decode_span_weight(arguments.params.segment[s].format);
         }
-        const int64_t wanted = (spans + kDecodeSplitSpans - 1) / kDecodeSplitSpans;
-        splits = static_cast<int32_t>(min(max(wanted, int64_t{1}), int64_t{arguments.splits}));
+        const auto wanted =
+            static_cast<int32_t>((spans + kDecodeSplitSpans - 1) / kDecodeSplitSpans);
+        splits = min(max(wanted, 1), arguments.splits);
+    }
+};
+
+// Spans of one segment that begin in a worker's share of the row's weight.
+struct DecodeShare {
+    uint32_t low;
+    uint32_t high;
+
+    __device__ DecodeShare(const DecodeWork& work, uint32_t worker, uint32_t workers) {
+        const uint32_t share = (work.weight + workers - 1) / workers;
+        low = static_cast<uint32_t>(min(uint64_t{share} * worker, uint64_t{work.weight}));
+        high = static_cast<uint32_t>(min(uint64_t{low} + share, uint64_t{work.weight}));
+    }
+
+    // before: the weight of the segments before it. The first token of the first span from `at` on.
+    __device__ __forceinline__ static int64_t first_token(uint32_t at, uint32_t before,
+                                                          uint32_t span_weight) {
+        const uint32_t spans = at <= before ? 0 : (at - before + span_weight - 1) / span_weight;
+        return int64_t{spans} * kDecodeSpan;
     }
 };
 

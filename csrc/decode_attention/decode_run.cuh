@@ -25,8 +25,8 @@ struct DecodeRun {
     int32_t end;
     DecodeRows keys;
     DecodeRows values;
-    DecodeRows tokens;  // packed only, as the rest of this part
-    int64_t block;
+    DecodeRows tokens;       // packed only, as the rest of this part
+    int32_t block;           // tokens that share channel parameters
     const float* key_scale;  // of the key head's first block
     const float* key_zero;
     const float* value_channel;
@@ -38,16 +38,15 @@ struct DecodeRun {
     int32_t tile_heads;
 };
 
-// By one lane. b, key_head: whose; key_row: both in one; begin: the segment's first valid token.
+// By one lane. begin: the segment's first valid token.
 template <bool kPrecise>
-__device__ __forceinline__ void set_decode_run(const DecodeArguments& arguments, int s,
-                                               int64_t key_row, int head_tile, int32_t begin,
+__device__ __forceinline__ void set_decode_run(const DecodeArguments& arguments, int s, int32_t b,
+                                               int32_t key_head, int head_tile, int32_t begin,
                                                int32_t first, int32_t end, DecodeRun* run) {
     const DecodeAttentionParams& params = arguments.params;
     const KVSegmentParams& segment = params.segment[s];
     const DecodeSegmentPlan& plan = arguments.plan[s];
-    const int64_t b = key_row / params.key_heads;
-    const int64_t key_head = key_row - b * params.key_heads;
+    const int64_t key_row = b * params.key_heads + key_head;
     run->first = first;
     run->end = end;
     const auto rows_of = [&](const void* data, int64_t of_batch, int64_t of_head, int64_t of_token,
@@ -66,7 +65,7 @@ __device__ __forceinline__ void set_decode_run(const DecodeArguments& arguments,
                                  key_head * segment.value_token_head_stride;
         run->tokens = {reinterpret_cast<const unsigned char*>(tokens),
                        segment.value_token_token_stride * 2, 4, plan.token_unit};
-        run->block = segment.block;
+        run->block = static_cast<int32_t>(min(segment.block, int64_t{INT32_MAX}));
         const int64_t channels = key_row * segment.blocks * params.head_dim;
         run->key_scale = segment.key_scale + channels;
         run->key_zero = segment.key_zero + channels;
@@ -75,7 +74,7 @@ __device__ __forceinline__ void set_decode_run(const DecodeArguments& arguments,
     run->weights = nullptr;
     if (segment.mass == nullptr) return;
     using Weight = std::conditional_t<kPrecise, float, half_t>;
-    const int64_t heads = decode_even(params.group());
+    const int64_t heads = decode_even(arguments.group);
     const int64_t slot = key_row * arguments.slots + plan.first_slot;
     const int64_t head = head_tile * kDecodeHeadTile;
     run->weights = static_cast<Weight*>(arguments.weights) + slot * heads + head;

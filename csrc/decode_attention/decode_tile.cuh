@@ -206,9 +206,9 @@ class DecodeTiles {
             int64_t channels = 0;  // where those of the block begin
             held.clear();
             if constexpr (Format::kPacked) {
-                const int64_t block = n / run_.block;
-                end = static_cast<int32_t>(min(int64_t{end}, (block + 1) * run_.block));
-                channels = block * head_dim;
+                const int32_t block = n / run_.block;
+                end = static_cast<int32_t>(min(int64_t{end}, int64_t{block + 1} * run_.block));
+                channels = int64_t{block} * head_dim;
                 // The other stage is free: its tile is computed, its next not under way yet.
                 __syncwarp();
                 folded.set_packed(query, run_.key_scale + channels, run_.key_zero + channels,
