@@ -39,6 +39,23 @@ struct SelectionRow {
     }
 };
 
+// All of a row.
+__device__ __forceinline__ SelectionRow selection_row(const SelectionRows& rows,
+                                                      int64_t row_index) {
+    SelectionRow row;
+    row.scores = rows.scores + row_index * rows.scores_stride;
+    row.forced = rows.forced ? rows.forced + row_index * rows.forced_stride : nullptr;
+    row.candidates =
+        rows.candidates ? rows.candidates + row_index * rows.candidates_stride : nullptr;
+    row.segment = rows.segment ? rows.segment + row_index * rows.segment_stride : nullptr;
+    row.inverse = rows.inverse + row_index * rows.tokens;
+    row.row = row_index;
+    row.segment_id = 0;
+    row.begin = 0;
+    row.end = static_cast<int32_t>(rows.tokens);
+    return row;
+}
+
 // The segment's budget; what is negative is none.
 __device__ __forceinline__ int64_t segment_budget(const SelectionRows& rows,
                                                   const SelectionRow& row) {
@@ -57,18 +74,7 @@ template <int kThreads, typename Body>
 __device__ void for_each_segment(const SelectionRows& rows, int64_t row_index,
                                  RowScratch<kThreads>& scratch, Body body) {
     const int64_t tokens = rows.tokens;
-    SelectionRow row;
-    row.scores = rows.scores + row_index * rows.scores_stride;
-    row.forced = rows.forced ? rows.forced + row_index * rows.forced_stride : nullptr;
-    row.candidates =
-        rows.candidates ? rows.candidates + row_index * rows.candidates_stride : nullptr;
-    row.segment = rows.segment ? rows.segment + row_index * rows.segment_stride : nullptr;
-    row.inverse = rows.inverse + row_index * tokens;
-    row.row = row_index;
-    row.segment_id = 0;
-    row.begin = 0;
-    row.end = static_cast<int32_t>(tokens);
-
+    SelectionRow row = selection_row(rows, row_index);
     constexpr uint32_t kNoSegment = 1u << 31;  // above all ids
     // Read anew wherever it is needed: what lives across the body costs it registers.
     const auto limit = [&] {
