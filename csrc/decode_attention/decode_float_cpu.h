@@ -81,20 +81,27 @@ LIGHTVLM_INLINE void widen(const Span& span, int begin, int count, float* widene
     for (int64_t i = count * span.channels; i < kTileTokens * span.channels; ++i) widened[i] = 0.0f;
 }
 
+// Channels that are summed before the sum joins the rest: keeps rounding errors small. It divides
+// every number of channels.
+constexpr int64_t kSumBlock = 16;
+
 // out[n * kHeadTile + h] = sum over d of query[d * kHeadTile + h] * tile[n * channels + d]
 template <CpuLevel level>
 struct TileScores {
     static LIGHTVLM_INLINE void run(const float* query, const float* tile, int64_t channels,
                                     float* out) {
-        float sums[kTileTokens][kHeadTile] = {};
-        for (int64_t d = 0; d < channels; ++d) {
-            for (int n = 0; n < kTileTokens; ++n) {
-                const float x = tile[n * channels + d];
-                for (int h = 0; h < kHeadTile; ++h) sums[n][h] += x * query[d * kHeadTile + h];
+        for (int i = 0; i < kTileTokens * kHeadTile; ++i) out[i] = 0.0f;
+        for (int64_t begin = 0; begin < channels; begin += kSumBlock) {
+            float sums[kTileTokens][kHeadTile] = {};
+            for (int64_t d = begin; d < begin + kSumBlock; ++d) {
+                for (int n = 0; n < kTileTokens; ++n) {
+                    const float x = tile[n * channels + d];
+                    for (int h = 0; h < kHeadTile; ++h) sums[n][h] += x * query[d * kHeadTile + h];
+                }
             }
-        }
-        for (int n = 0; n < kTileTokens; ++n) {
-            for (int h = 0; h < kHeadTile; ++h) out[n * kHeadTile + h] = sums[n][h];
+            for (int n = 0; n < kTileTokens; ++n) {
+                for (int h = 0; h < kHeadTile; ++h) out[n * kHeadTile + h] += sums[n][h];
+            }
         }
     }
 };
@@ -128,15 +135,21 @@ template <>
 struct TileScores<CpuLevel::kAvx2> {
     LIGHTVLM_TARGET_AVX2 static void run(const float* query, const float* tile, int64_t channels,
                                          float* out) {
-        __m256 sums[kTileTokens];
-        for (int n = 0; n < kTileTokens; ++n) sums[n] = _mm256_setzero_ps();
-        for (int64_t d = 0; d < channels; ++d) {
-            const __m256 q = _mm256_loadu_ps(query + d * kHeadTile);
+        for (int64_t begin = 0; begin < channels; begin += kSumBlock) {
+            __m256 sums[kTileTokens];
+            for (int n = 0; n < kTileTokens; ++n) sums[n] = _mm256_setzero_ps();
+            for (int64_t d = begin; d < begin + kSumBlock; ++d) {
+                const __m256 q = _mm256_loadu_ps(query + d * kHeadTile);
+                for (int n = 0; n < kTileTokens; ++n) {
+                    sums[n] = _mm256_fmadd_ps(_mm256_set1_ps(tile[n * channels + d]), q, sums[n]);
+                }
+            }
             for (int n = 0; n < kTileTokens; ++n) {
-                sums[n] = _mm256_fmadd_ps(_mm256_set1_ps(tile[n * channels + d]), q, sums[n]);
+                float* to = out + n * kHeadTile;
+                _mm256_storeu_ps(
+                    to, begin == 0 ? sums[n] : _mm256_add_ps(_mm256_loadu_ps(to), sums[n]));
             }
         }
-        for (int n = 0; n < kTileTokens; ++n) _mm256_storeu_ps(out + n * kHeadTile, sums[n]);
     }
 };
 
