@@ -1,15 +1,17 @@
-// select: top-k or cumulative mass, per segment, order-preserving, in one launch.
+// select for rows longer than select_short.cuh takes: top-k or cumulative mass, per segment,
+// order-preserving, in one launch.
 //
 // Formula   Candidates of a segment are ordered by score (score_order.h). Kept are the first k, or
 //           the fewest whose fixed-point masses reach mass_target(); forced tokens besides.
 // Owner     One block owns one row: it finds each segment's threshold key by a radix search over
 //           11 + 11 + 10 bits (counts and masses per digit, suffix-scanned from the top), marks the
 //           kept tokens in `inverse`, and at last numbers the marks in token order.
+// Ends      A count stops at a digit of which all are wanted, mostly the second.
 // Ties      All above the threshold are kept; of its equals, the lowest indices up to the quota.
 // Exact     Only integers are added, so atomics cannot make the result depend on their order.
 // Shared    24 KiB: 2,048 digits x (count 4 B + mass 8 B), and a word a warp.
 // Bound     Latency: 4 to 6 sweeps over 4 B x tokens, that stay in L1/L2, and about 10 barriers a
-//           sweep of digits; 8k tokens are 8 steps of the block. Bytes moved from memory: 4 B read
+//           sweep of digits; 32k tokens are 32 steps of the block. Bytes moved from memory: 4 B read
 //           and 8 B written a token.
 #pragma once
 
@@ -129,6 +131,11 @@ __device__ SelectThreshold find_threshold(const SelectionRow& row, SelectShared<
         __syncthreads();
         prefix = (prefix << (prefix_shift - shift)) | shared.digit;
         wanted -= shared.above;
+        if (!by_mass && wanted == shared.digit_count) {
+            // All of the digit: lower bits decide nothing.
+            prefix <<= shift;
+            break;
+        }
     }
     threshold.key = prefix;
     threshold.ties = shared.digit_count;
