@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(ImportanceProduct<T>::kThreads)
         Product product;
         for (int32_t first = 0; first < slot.probes; first += kImportanceTile) {
             product.multiply(slot, first_target, first, shared);
+            LIGHTVLM_UNROLL
             for (int k = 0; k < Product::kThreadProbes; ++k) {
                 const int32_t probe = first + Product::probe(k);
                 const int32_t limit = slot.limit(probe);

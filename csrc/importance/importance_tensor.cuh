@@ -11,7 +11,7 @@
 //           read once, and a thread adds up its 4 targets' masses in registers; the 4 lanes that
 //           share targets are added at the end. lse: the probes are stationary, with a running
 //           maximum and sum for each.
-// Shared    22 to 71 KiB by width (TensorShared), and 4 KiB of listed rows.
+// Shared    27, 35, 43 or 75 KiB for widths up to 64, 96, 128 or 256, of which 4 are listed rows.
 // Bound     Tensor cores: 2 * W * N * Hq * D FLOPs, twice for an own softmax; bytes of K below W of
 //           20 or so. One exponential an element is 63 % of that at D = 128.
 #pragma once
@@ -142,14 +142,16 @@ __global__ void __launch_bounds__(kTensorThreads, kTensorBlocks<kWidth>)
         const int32_t level = inside ? slot.threshold(first_target + target) : INT32_MAX;
         known.vector[at] = inside ? slot.target(first_target + target) : nullptr;
         known.level[at] = level;
+        if (at == 0) known.count = targets - t * kStreamed;
         Tile::bound_levels(known, level);
     };
     const auto use = [&](const StreamedTile<T>& known, int buffer) {
         const int32_t bottom = min(known.lowest[0], known.lowest[1]);
         const int32_t top = max(known.highest[0], known.highest[1]);
         if (most < bottom) return;
+        const int columns = min(known.count, kStreamed);
         LIGHTVLM_KEEP_ROLLED
-        for (int column = 0; column < kStreamed; column += kColumnStep) {
+        for (int column = 0; column < columns; column += kColumnStep) {
             float product[2][2][4];
             tile.multiply(buffer, column, product);
             const int own = column + thread % 4 * 2;
@@ -198,8 +200,9 @@ __device__ __forceinline__ void fold_streamed(const TensorTile<T, kWidth>& tile,
                                               const StreamedTile<T>& known, int buffer, float scale,
                                               const int32_t (&threshold)[kThreadRows],
                                               float (&mass)[kThreadRows]) {
+    const int columns = min(known.count, kStreamed);
     LIGHTVLM_KEEP_ROLLED
-    for (int column = 0; column < kStreamed; column += kColumnStep) {
+    for (int column = 0; column < columns; column += kColumnStep) {
         float product[2][2][4];
         tile.multiply(buffer, column, product);
         const int own = column + static_cast<int>(threadIdx.x) % 4 * 2;
@@ -311,6 +314,7 @@ __global__ void __launch_bounds__(kTensorThreads, kTensorBlocks<kWidth>)
             known.level[at] = limit;
             known.shift[at] = shift;
             known.factor[at] = factor;
+            if (at == 0) known.count = slot.probes - t * kStreamed;
             Tile::bound_levels(known, limit);
         };
         float mass[kThreadRows] = {};

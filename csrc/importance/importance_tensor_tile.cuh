@@ -23,13 +23,6 @@
 #include "common/ptx.cuh"
 #include "importance/importance_view.cuh"
 
-// Before a loop whose copies would want more registers than there are.
-#ifdef LIGHTVLM_EMULATION
-#define LIGHTVLM_KEEP_ROLLED
-#else
-#define LIGHTVLM_KEEP_ROLLED _Pragma("unroll 1")
-#endif
-
 namespace lightvlm {
 
 constexpr int kTensorThreads = 128;
@@ -46,6 +39,7 @@ struct StreamedTile {
     int32_t level[kStreamed];    // limit of a probe, threshold of a target
     float shift[kStreamed];
     float factor[kStreamed];
+    int32_t count;                             // of vectors that are there
     int32_t lowest[kStreamed / kWarpThreads];  // level, by warp of those who filled it in
     int32_t highest[kStreamed / kWarpThreads];
 };
@@ -53,7 +47,7 @@ struct StreamedTile {
 template <typename T, int kWidth>
 struct TensorShared {
     static constexpr int kPitch = kWidth + 8;
-    // First the stationary vectors, then two buffers of streamed ones. 17, 25, 34 or 66 KiB.
+    // First the stationary vectors, then two buffers of streamed ones. 18, 26, 34 or 66 KiB.
     alignas(16) T vectors[kStationary][kPitch];
     const T* stationary[kStationary];  // 1 KiB
     StreamedTile<T> tile[3];           // 4 KiB

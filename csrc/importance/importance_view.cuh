@@ -6,6 +6,16 @@
 #include "common/launch.h"
 #include "importance/importance.h"
 
+// Before a loop whose copies would want more registers than there are, and before one whose array
+// would lie in local memory without copies.
+#ifdef LIGHTVLM_EMULATION
+#define LIGHTVLM_KEEP_ROLLED
+#define LIGHTVLM_UNROLL
+#else
+#define LIGHTVLM_KEEP_ROLLED _Pragma("unroll 1")
+#define LIGHTVLM_UNROLL _Pragma("unroll")
+#endif
+
 namespace lightvlm {
 
 // Where the workspace holds what; all sizes upper bounds that the host knows.
