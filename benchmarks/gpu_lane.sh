@@ -131,8 +131,8 @@ run_ops() {
 }
 
 run_profile() {
-    part nsys 30 60 bash benchmarks/profile_nsys.sh "$out/nsys.json"
-    part ncu 30 90 bash benchmarks/profile_ncu.sh "$out/ncu.json"
+    part nsys 30 90 bash benchmarks/profile_nsys.sh "$out/nsys.json"
+    part ncu 30 120 bash benchmarks/profile_ncu.sh "$out/ncu.json"
 }
 
 run_decoder() {

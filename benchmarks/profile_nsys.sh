@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Which kernels each op launches and how long they take, by NVTX range.
 #   bash benchmarks/profile_nsys.sh OUTPUT.json [options of lightvlm bench ops]
-# Default: every op at 8192 tokens, batch 1, sizes of the 7b model. Where nsys is missing or makes no report, the output has
-# times by events and the computed roofline instead, and says so in "source" and "reason".
+# Default: every op at 8192 tokens, batch 1, sizes of the 7b model. Where nsys is missing, makes no report, or takes more
+# than LIGHTVLM_PROFILE_SECONDS (45), the output has times by events and the computed roofline instead, and says so in
+# "source" and "reason".
 set -uo pipefail
 out=${1:?usage: profile_nsys.sh OUTPUT.json [options of lightvlm bench ops]}
 shift
@@ -16,7 +17,7 @@ trap 'rm -rf "$work"' EXIT
 reason=''
 if command -v nsys >/dev/null; then
     {
-        nsys profile --trace=cuda,nvtx --sample=none --cpuctxsw=none --output="$work/profile" \
+        timeout --kill-after=5 "${LIGHTVLM_PROFILE_SECONDS:-45}" nsys profile --trace=cuda,nvtx --sample=none --cpuctxsw=none --output="$work/profile" \
             "$python" -m lightvlm.bench.profile once "$work/calls.json" "$@" &&
             nsys stats --report nvtx_kern_sum --format csv --output - "$work/profile.nsys-rep" >"$work/kernels.csv"
     } >"$work/log" 2>&1

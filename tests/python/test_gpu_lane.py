@@ -138,14 +138,15 @@ def test_parts_can_be_chosen(machine: Path) -> None:
 
 
 def test_what_does_not_fit_is_not_run(machine: Path) -> None:
-    done, summary = lane(machine, "--seconds", "33", "ops decoder")
+    done, summary = lane(machine, "--seconds", "0", "ops decoder")
     assert done.returncode == 0
-    assert summary["not_run"] == ["ops", "decoder"]
-    assert "not run: " in by_part(summary)["ops"]["reason"]
+    assert summary["not_run"] == ["configure", "ops", "decoder"]
+    assert by_part(summary)["configure"]["reason"].startswith("not run: ")
+    assert "called" not in done.stdout
 
 
 def test_a_part_that_hangs_is_ended(machine: Path) -> None:
-    done, summary = lane(machine, "tests", HANG="test_select.py", LIGHTVLM_LANE_TEST_SECONDS="6")
+    done, summary = lane(machine, "tests", HANG="test_select.py", LIGHTVLM_LANE_TEST_SECONDS="15")
     assert done.returncode == 1
     assert summary["failed"] == ["tests-select"]
     assert by_part(summary)["tests-select"]["reason"].startswith("over its limit")
@@ -185,3 +186,22 @@ def test_profiles_without_the_profiler(machine: Path, tool: str) -> None:
     assert subprocess.run(["bash", script], env=env, capture_output=True, check=False).returncode != 0
     failing = subprocess.run(["bash", script, str(out)], env={**env, "FAIL": "profile report"}, check=False)
     assert failing.returncode == 1
+
+
+def test_profile_with_the_profiler(machine: Path) -> None:
+    """A program that pretends to be ncu: it runs what it is given, and writes one kernel to its log file."""
+    (machine / "ncu").write_text(
+        '#!/bin/bash\nwhile [ "$1" != "$PYTHON" ]; do [ "$1" != --log-file ] || log=$2; shift; done\n"$@" || exit 1\n'
+        'printf \'"ID","Kernel Name","launch__registers_per_thread"\\n"","",""\\n"0","k","40"\\n\' >"$log"\n'
+    )
+    (machine / "ncu").chmod(0o755)
+    out = machine.parent / "ncu.json"
+    command = ["bash", str(BENCHMARKS / "profile_ncu.sh"), str(out)]
+    options = ["--device", "cpu", "--op", "select", "--tokens", "8", "--model", "0.5b"]
+    env = {**os.environ, "PATH": f"{machine}:/usr/bin:/bin", "PYTHON": sys.executable}
+    done = subprocess.run([*command, *options], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert (result["source"], result["reason"]) == ("ncu", None)
+    assert [(kernel["kernel"], kernel["registers"]) for kernel in result["kernels"]] == [("k", 40)]
+    assert {call["method"] for call in result["calls"]} == {"select"}

@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reporting.add_argument("--reason", default="")
     for sub in (once, reporting):
         ops.add_arguments(sub)
-        sub.set_defaults(device="cuda", tokens=[8192], batch=[1], model=["7b"], rounds=3, seconds=45.0)
+        sub.set_defaults(device="cuda", tokens=[8192], batch=[1], model=["7b"], rounds=3, seconds=30.0)
     args = parser.parse_args(argv)
     ops.fill_in(args)
     if args.command == "once":
