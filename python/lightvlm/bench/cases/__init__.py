@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from . import compact_kv, compact_paged_kv, gather_tokens, importance, merge_tokens, quantize_kv, select
+from . import (
+    compact_kv,
+    compact_paged_kv,
+    decode_attention,
+    gather_tokens,
+    importance,
+    merge_tokens,
+    quantize_kv,
+    select,
+)
 from ._case import MODELS, Case, Geometry, Sizes
 
 __all__ = ["CASES", "MODELS", "Case", "Geometry", "Sizes"]
@@ -12,6 +21,7 @@ __all__ = ["CASES", "MODELS", "Case", "Geometry", "Sizes"]
 CASES: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "compact_kv_": compact_kv.cases,
     "compact_paged_kv_": compact_paged_kv.cases,
+    "decode_attention": decode_attention.cases,
     "dequantize_kv": quantize_kv.dequantize_cases,
     "gather_tokens": gather_tokens.cases,
     "importance": importance.cases,

@@ -1,0 +1,199 @@
+"""``decode_attention`` over caches of 16, 8, 4 and 4/2 bits against the attention that torch has for 16 bits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightvlm_ext import ops, reference
+from lightvlm_ext._kv import KVSegment, PackedKV
+
+from ._case import Case, Geometry, Sizes, dtype_name, require
+
+_CPU_TOKENS, _GPU_TOKENS = (8192, 32768), (2048, 8192, 32768, 131072)
+_LARGEST_ON_CPU = 65536  # batch times tokens
+_HIGH_SHARE = 0.4  # of the tokens of a 4/2-bit cache
+
+Segment = KVSegment | PackedKV
+
+
+def cases(sizes: Sizes) -> Iterator[Case]:
+    """One layer, one new token per row; keys and values that are normally distributed. With the mass of each key and
+    without; on a CPU also a dense cache in fp32."""
+    on_cpu = sizes.device.type == "cpu"
+    for tokens in sizes.tokens or (_CPU_TOKENS if on_cpu else _GPU_TOKENS):
+        for model, geometry in sizes.geometries().items():
+            for batch in sizes.batches:
+                if on_cpu and batch * tokens > _LARGEST_ON_CPU:
+                    continue
+                yield from _of_size(batch, tokens, model, geometry, sizes.device)
+
+
+def _of_size(batch: int, tokens: int, model: str, geometry: Geometry, device: torch.device) -> Iterator[Case]:
+    key, value = (_stored(batch, tokens, geometry, device) for _ in range(2))
+    query = torch.randn(batch, 1, geometry.heads, geometry.head_dim, device=device)
+    if device.type == "cpu":
+        wide = [KVSegment(key.float(), value.float())]
+        yield _case(_name("16", batch, tokens, model, geometry), query, wide, "32", None)
+    for bits in ("16", "8", "4", "4/2"):
+        segments = _segments(key, value, bits)
+        mass = [
+            torch.zeros(batch, geometry.kv_heads, one.tokens, device=device)
+            if isinstance(one, PackedKV)
+            else torch.zeros(batch, geometry.kv_heads, one.key.shape[1], device=device)
+            for one in segments
+        ]
+        name = _name(bits, batch, tokens, model, geometry)
+        yield _case(name, query.bfloat16(), segments, bits, None)
+        yield _case(f"{name}, with mass", query.bfloat16(), segments, bits, mass)
+
+
+def _name(bits: str, batch: int, tokens: int, model: str, geometry: Geometry) -> str:
+    heads = f"{geometry.heads}/{geometry.kv_heads} heads of {geometry.head_dim}"
+    return f"{bits} bits, {batch} x {tokens} tokens, {heads} ({model})"
+
+
+def _stored(batch: int, tokens: int, geometry: Geometry, device: torch.device) -> Tensor:
+    """(B, N, Hkv, D), stored as transformers' caches are, heads first."""
+    shape = (batch, geometry.kv_heads, tokens, geometry.head_dim)
+    return torch.randn(shape, device=device).bfloat16().transpose(1, 2)
+
+
+def _segments(key: Tensor, value: Tensor, bits: str) -> list[Segment]:
+    if bits == "16":
+        return [KVSegment(key, value)]
+    if bits != "4/2":
+        return [ops.quantize_kv(key, value, bits=int(bits))]
+    high = int(key.shape[1] * _HIGH_SHARE)
+    return [
+        ops.quantize_kv(key[:, :high], value[:, :high], bits=4),
+        ops.quantize_kv(key[:, high:], value[:, high:], bits=2),
+    ]
+
+
+def _case(
+    name: str, query: Tensor, segments: Sequence[Segment], bits: str, mass: list[Tensor] | None
+) -> Case:
+    # What torch attends to: the same numbers, dense, heads first, in the query's dtype.
+    pairs = [_dense(one, query.dtype) for one in segments]
+    key, value = (torch.cat(parts, 1).transpose(1, 2).contiguous() for parts in zip(*pairs, strict=True))
+    baselines = _baselines(query, key, value, mass is not None)
+
+    def op() -> tuple[Tensor, Tensor]:
+        return ops.decode_attention(query, segments, mass=mass)
+
+    def verify() -> None:
+        exact = _exactly(query, segments)
+        largest = exact.abs().max()
+        fine = 1e-5 if query.dtype == torch.float32 else 1e-2
+        require(bool((op()[0] - exact).abs().max() <= fine * largest), "decode_attention is wrong")
+        for way, baseline in baselines.items():
+            found = baseline()
+            assert isinstance(found, Tensor)
+            error = (found.view(query.shape) - exact).abs().max()
+            require(bool(error <= 0.1 * largest), f"{way} attends to something else")
+        for buffer in mass or ():
+            buffer.zero_()
+        op()
+        for buffer, one in zip(mass or (), _masses(query, segments) if mass else (), strict=True):
+            require(bool(((buffer - one).abs() <= 1e-2 * one.max()).all()), "its mass is wrong")
+
+    total = sum(
+        one.nbytes if isinstance(one, PackedKV) else one.key.nbytes + one.value.nbytes for one in segments
+    )
+    total += sum(2 * one.nbytes for one in mass or ())
+    batch, _, tokens, width = key.shape
+    words = torch.ones(total // 8, dtype=torch.int64, device=query.device)
+    return Case(
+        name if bits != "32" else name.replace("16 bits", "32 bits"),
+        op,
+        baselines,
+        verify,
+        {"sum of as many bytes": words.sum},
+        bytes=total,
+        flops=4 * batch * query.shape[2] * width * tokens,
+        precision=query.dtype,
+        parameters={
+            "tokens": tokens,
+            "batch": batch,
+            "bits": bits,
+            "dtype": dtype_name(query.dtype),
+            "mass": "yes" if mass else "no",
+        },
+    )
+
+
+def _dense(segment: Segment, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if isinstance(segment, PackedKV):
+        return ops.dequantize_kv(segment, dtype)
+    return segment.key.to(dtype), segment.value.to(dtype)
+
+
+def _baselines(query: Tensor, key: Tensor, value: Tensor, with_mass: bool) -> dict[str, Callable[[], object]]:
+    """Ways to the result from keys and values (B, Hkv, N, D), all as (B, Hkv, G, D) or of its size."""
+    batch, _, heads, width = query.shape
+    kv_heads, tokens = key.shape[1:3]
+    grouped = query.view(batch, kv_heads, heads // kv_heads, width)
+    one_row = query.transpose(1, 2)
+    mass = torch.zeros(batch, kv_heads, tokens, device=query.device)
+
+    def by_matmul() -> Tensor:
+        weights = torch.softmax(grouped @ key.mT * width**-0.5, -1)
+        if with_mass:
+            mass.add_(weights.mean(2))
+        return weights @ value
+
+    def packed() -> Tensor:
+        return F.scaled_dot_product_attention(grouped, key, value)
+
+    def grouped_query() -> Tensor:
+        return F.scaled_dot_product_attention(one_row, key, value, enable_gqa=True)
+
+    if with_mass:  # SDPA has no weights to give: they would have to be computed again
+        return {"matmul, softmax, mean, matmul": by_matmul}
+    return {
+        "matmul, softmax, matmul": by_matmul,
+        "SDPA, group as rows": packed,
+        "SDPA, enable_gqa": grouped_query,
+    }
+
+
+def _exactly(query: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """In float64, a batch row at a time."""
+    rows = [
+        reference.decode_attention(query[b : b + 1].double(), [_row(one, b) for one in segments])[0]
+        for b in range(query.shape[0])
+    ]
+    return torch.cat(rows)
+
+
+def _masses(query: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
+    """Of each segment, as _exactly."""
+    shares = []
+    for b in range(query.shape[0]):
+        rows = [_row(one, b) for one in segments]
+        mass = [
+            torch.zeros(1, one.key_codes.shape[1], one.tokens, device=query.device)
+            if isinstance(one, PackedKV)
+            else torch.zeros(1, one.key.shape[2], one.key.shape[1], device=query.device)
+            for one in rows
+        ]
+        reference.decode_attention(query[b : b + 1].double(), rows, mass=mass)
+        shares.append(mass)
+    return [torch.cat(parts) for parts in zip(*shares, strict=True)]
+
+
+def _row(segment: Segment, b: int) -> Segment:
+    """Batch row b; in float64 where it is dense."""
+    if isinstance(segment, KVSegment):
+        return KVSegment(segment.key[b : b + 1].double(), segment.value[b : b + 1].double())
+    tensors = {
+        field.name: getattr(segment, field.name)[b : b + 1]
+        for field in dataclasses.fields(segment)
+        if isinstance(getattr(segment, field.name), Tensor)
+    }
+    return dataclasses.replace(segment, **tensors)
