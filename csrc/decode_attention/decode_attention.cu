@@ -69,6 +69,8 @@ void set_units(const DecodeAttentionParams& params, const KVSegmentParams& segme
 template <int kWidth>
 void set_tile(KVFormat format, DecodeSegmentPlan* plan, int32_t* stage_bytes) {
     const auto set = [&](auto tag) {
+        constexpr int64_t kPortableShared = 99 * 1024;  // what sm_86, sm_89 and sm_120 have
+        static_assert(decode_shared_bytes<kWidth>(decltype(tag)::kStageBytes) <= kPortableShared);
         plan->tile = decltype(tag)::kTile;
         *stage_bytes = std::max(*stage_bytes, int32_t{decltype(tag)::kStageBytes});
     };
