@@ -13,9 +13,12 @@ namespace {
 
 constexpr int64_t kTileTokens = 64;
 
+using quantize_detail::code_numbers;
+using quantize_detail::CodeVector;
 using quantize_detail::FloatVector;
+using quantize_detail::kCodeGroup;
 using quantize_detail::kVectorLanes;
-using quantize_detail::load_codes;
+using quantize_detail::load_group;
 using quantize_detail::load_vector;
 using quantize_detail::multiply_add;
 using quantize_detail::store_vector;
@@ -30,11 +33,15 @@ struct UnpackKeys {
         for (int64_t n = 0; n < count; ++n) {
             const uint8_t* row = codes + n * codes_stride;
             T* out = key + n * key_stride;
-            for (int64_t d = 0; d < width; d += kLanes) {
-                const auto code = load_codes<kBits, kLanes>(row, d);
-                store_vector<kLanes>(multiply_add<level>(load_vector<kLanes>(scale + d), code,
-                                                         load_vector<kLanes>(zero + d)),
-                                     out + d);
+            for (int64_t d = 0; d < width; d += kCodeGroup) {
+                const CodeVector group = load_group<kBits>(row + d * kBits / 8);
+                for (int i = 0; i < kCodeGroup / kLanes; ++i) {
+                    const int64_t at = d + i * kLanes;
+                    store_vector<kLanes>(multiply_add<level>(load_vector<kLanes>(scale + at),
+                                                             code_numbers<kLanes>(group, i),
+                                                             load_vector<kLanes>(zero + at)),
+                                         out + at);
+                }
             }
         }
     }
@@ -54,11 +61,15 @@ struct UnpackValues {
                 FloatVector<kLanes>{} + to_float(token[n * token_stride]);
             const FloatVector<kLanes> zero =
                 FloatVector<kLanes>{} + to_float(token[n * token_stride + 1]);
-            for (int64_t d = 0; d < width; d += kLanes) {
-                const auto code = load_codes<kBits, kLanes>(row, d);
-                store_vector<kLanes>(
-                    load_vector<kLanes>(channel + d) * multiply_add<level>(scale, code, zero),
-                    out + d);
+            for (int64_t d = 0; d < width; d += kCodeGroup) {
+                const CodeVector group = load_group<kBits>(row + d * kBits / 8);
+                for (int i = 0; i < kCodeGroup / kLanes; ++i) {
+                    const int64_t at = d + i * kLanes;
+                    store_vector<kLanes>(
+                        load_vector<kLanes>(channel + at) *
+                            multiply_add<level>(scale, code_numbers<kLanes>(group, i), zero),
+                        out + at);
+                }
             }
         }
     }

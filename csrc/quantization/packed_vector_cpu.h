@@ -45,10 +45,12 @@ LIGHTVLM_INLINE WordVector<kLanes> load_words(const void* from) {
     typename VectorOf<uint16_t, kLanes>::Type bits;
     std::memcpy(&bits, from, sizeof(bits));
 #if defined(__x86_64__)
-    if constexpr (kLanes == 16) {  // The compiler takes three instructions for it.
+    if constexpr (kLanes == 16) {  // The compiler takes more instructions.
         using Halves = VectorOf<int16_t, 16>::Type;
         using Words = VectorOf<int32_t, 16>::Type;
         return (WordVector<kLanes>)__builtin_ia32_pmovzxwd512_mask((Halves)bits, Words{}, -1);
+    } else if constexpr (kLanes == 8) {
+        return (WordVector<kLanes>)__builtin_ia32_pmovzxwd256((VectorOf<int16_t, 8>::Type)bits);
     }
 #endif
     return __builtin_convertvector(bits, WordVector<kLanes>);
@@ -57,18 +59,6 @@ LIGHTVLM_INLINE WordVector<kLanes> load_words(const void* from) {
 template <int kLanes>
 LIGHTVLM_INLINE FloatVector<kLanes> load_vector(const bfloat16_t* from) {
     return (FloatVector<kLanes>)(load_words<kLanes>(from) << 16);
-}
-
-template <int kLanes>
-LIGHTVLM_INLINE WordVector<kLanes> widen_bytes(typename VectorOf<uint8_t, kLanes>::Type bytes) {
-#if defined(__x86_64__)
-    if constexpr (kLanes == 16) {
-        using Bytes = VectorOf<char, 16>::Type;
-        using Words = VectorOf<int32_t, 16>::Type;
-        return (WordVector<kLanes>)__builtin_ia32_pmovzxbd512_mask((Bytes)bytes, Words{}, -1);
-    }
-#endif
-    return __builtin_convertvector(bytes, WordVector<kLanes>);
 }
 
 // Words below 2^16.
@@ -181,32 +171,47 @@ LIGHTVLM_INLINE void store_group(const FloatVector<kLanes>* levels, uint8_t* out
     }
 }
 
-// The codes of channels [d, d + kLanes) of a row, as numbers.
-template <int kBits, int kLanes>
-LIGHTVLM_INLINE FloatVector<kLanes> load_codes(const uint8_t* row, int64_t d) {
-    using Bytes = typename VectorOf<uint8_t, kLanes>::Type;
-    WordVector<kLanes> words;
-    if constexpr (kBits == 8) {
-        Bytes bytes;
-        std::memcpy(&bytes, row + d, sizeof(bytes));
-        words = widen_bytes<kLanes>(bytes);
-    } else {
-        // Every lane gets the word with its code. Of more than 8 lanes at once, the compiler fills
-        // each on its own.
-        constexpr int kTogether = kLanes < 8 ? kLanes : 8;
-        typename VectorOf<uint32_t, kTogether>::Type parts[kLanes / kTogether];
-        WordVector<kLanes> shift;
-        for (int i = 0; i < kLanes; ++i) shift[i] = i % kTogether * kBits;
-        for (int i = 0; i < kLanes / kTogether; ++i) {
-            uint32_t word = 0;
-            std::memcpy(&word, row + (d + i * kTogether) * kBits / 8, kTogether * kBits / 8);
-            parts[i] = typename VectorOf<uint32_t, kTogether>::Type{} + word;
-        }
-        std::memcpy(&words, parts, sizeof(words));
-        words = words >> shift & ((1u << kBits) - 1);
+// kCodeGroup codes of a row from their kCodeGroup * kBits / 8 bytes: store_group() backwards.
+template <int kBits>
+LIGHTVLM_INLINE CodeVector load_group(const uint8_t* from) {
+    CodeVector bytes = {};
+    std::memcpy(&bytes, from, kCodeGroup * kBits / 8);
+    const CodeVector zero = {};
+    if constexpr (kBits == 4) {
+        auto pairs = (VectorOf<uint16_t, 8>::Type)__builtin_shufflevector(
+            bytes, zero, 0, 16, 1, 16, 2, 16, 3, 16, 4, 16, 5, 16, 6, 16, 7, 16);
+        pairs |= pairs << 4;
+        return (CodeVector)pairs & 0x0f;
+    } else if constexpr (kBits == 2) {
+        auto fours = (VectorOf<uint32_t, 4>::Type)__builtin_shufflevector(
+            bytes, zero, 0, 16, 16, 16, 1, 16, 16, 16, 2, 16, 16, 16, 3, 16, 16, 16);
+        fours |= fours << 12;
+        fours |= fours << 6;
+        return (CodeVector)fours & 0x03;
     }
-    return __builtin_convertvector((typename VectorOf<int32_t, kLanes>::Type)words,
-                                   FloatVector<kLanes>);
+    return bytes;
+}
+
+// Codes [i * kLanes, (i + 1) * kLanes) of a group, as numbers.
+template <int kLanes>
+LIGHTVLM_INLINE FloatVector<kLanes> code_numbers(CodeVector codes, int i) {
+    using Words = typename VectorOf<int32_t, kLanes>::Type;
+    Words words;
+#if defined(__x86_64__)
+    if constexpr (kLanes == 16) {
+        words = __builtin_ia32_pmovzxbd512_mask((VectorOf<char, 16>::Type)codes, Words{}, -1);
+    } else if constexpr (kLanes == 8) {
+        if (i > 0) {
+            codes = __builtin_shufflevector(codes, codes, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10,
+                                            11, 12, 13, 14, 15);
+        }
+        words = __builtin_ia32_pmovzxbd256((VectorOf<char, 16>::Type)codes);
+    } else
+#endif
+    {
+        for (int lane = 0; lane < kLanes; ++lane) words[lane] = codes[i * kLanes + lane];
+    }
+    return __builtin_convertvector(words, FloatVector<kLanes>);
 }
 
 // a * b + c, rounded once.

@@ -85,9 +85,15 @@ struct RaiseExtremes {
                 prefetch_row(keys.data + (r + kPrefetchTokens) * key.stride, width);
                 prefetch_row(values.data + (r + kPrefetchTokens) * value.stride, width);
             }
+            // A register's worth at a time; of the last channels of a width of 80, half of that.
+            constexpr int kLanes = kVectorLanes<level> * 4 / sizeof(T);
             int64_t d = 0;
-            for (; d + 32 <= width; d += 32) columns<32>(keys, values, rows, d, *extremes);
-            for (; d < width; d += 16) columns<16>(keys, values, rows, d, *extremes);
+            for (; d + kLanes <= width; d += kLanes) {
+                columns<kLanes>(keys, values, rows, d, *extremes);
+            }
+            if constexpr (kLanes > 16) {
+                if (d < width) columns<16>(keys, values, rows, d, *extremes);
+            }
         }
     }
 
@@ -98,31 +104,27 @@ struct RaiseExtremes {
     template <int kLanes>
     static LIGHTVLM_INLINE void columns(Rows<T> key, Rows<T> value, int64_t count, int64_t d,
                                         Extremes<T>& extremes) {
-        using Integer = Ordered<T>;
-        Integer low[kLanes];
-        Integer high[kLanes];
-        Integer largest[kLanes];
-        std::memcpy(low, extremes.low + d, sizeof(low));
-        std::memcpy(high, extremes.high + d, sizeof(high));
-        std::memcpy(largest, extremes.largest + d, sizeof(largest));
+        using Vector = typename VectorOf<Ordered<T>, kLanes>::Type;
+        constexpr auto kMagnitude = std::numeric_limits<Ordered<T>>::max();
+        Vector low;
+        Vector high;
+        Vector largest;
+        std::memcpy(&low, extremes.low + d, sizeof(low));
+        std::memcpy(&high, extremes.high + d, sizeof(high));
+        std::memcpy(&largest, extremes.largest + d, sizeof(largest));
         for (int64_t n = 0; n < count; ++n) {
-            Integer bits[kLanes];
-            std::memcpy(bits, key.data + n * key.stride + d, sizeof(bits));
-            for (int i = 0; i < kLanes; ++i) {
-                const Integer one = to_ordered(bits[i]);
-                low[i] = one < low[i] ? one : low[i];
-                high[i] = one > high[i] ? one : high[i];
-            }
-            std::memcpy(bits, value.data + n * value.stride + d, sizeof(bits));
-            for (int i = 0; i < kLanes; ++i) {
-                const auto one =
-                    static_cast<Integer>(bits[i] & std::numeric_limits<Integer>::max());
-                largest[i] = one > largest[i] ? one : largest[i];
-            }
+            Vector bits;
+            std::memcpy(&bits, key.data + n * key.stride + d, sizeof(bits));
+            const Vector ordered = bits ^ (bits >> (8 * sizeof(Ordered<T>) - 1) & kMagnitude);
+            low = ordered < low ? ordered : low;
+            high = ordered > high ? ordered : high;
+            std::memcpy(&bits, value.data + n * value.stride + d, sizeof(bits));
+            const Vector magnitude = bits & kMagnitude;
+            largest = magnitude > largest ? magnitude : largest;
         }
-        std::memcpy(extremes.low + d, low, sizeof(low));
-        std::memcpy(extremes.high + d, high, sizeof(high));
-        std::memcpy(extremes.largest + d, largest, sizeof(largest));
+        std::memcpy(extremes.low + d, &low, sizeof(low));
+        std::memcpy(extremes.high + d, &high, sizeof(high));
+        std::memcpy(extremes.largest + d, &largest, sizeof(largest));
     }
 };
 
