@@ -11,8 +11,8 @@
 // Exact     Only integers are added, so atomics cannot make the result depend on their order.
 // Shared    24 KiB: 2,048 digits x (count 4 B + mass 8 B), and a word a warp.
 // Bound     Latency: 4 to 6 sweeps over 4 B x tokens, that stay in L1/L2, and about 10 barriers a
-//           sweep of digits; 32k tokens are 32 steps of the block. Bytes moved from memory: 4 B read
-//           and 8 B written a token.
+//           sweep of digits; 32k tokens are 32 steps of the block. Bytes moved from memory: 4 B
+//           read and 8 B written a token.
 #pragma once
 
 #include "selection/rows.cuh"
@@ -53,7 +53,7 @@ struct SelectThreshold {
 // The key at which `keep` tokens, or the mass, are reached. highest: highest score of the segment.
 template <int kThreads>
 __device__ SelectThreshold find_threshold(const SelectionRow& row, SelectShared<kThreads>& shared,
-                                          unsigned long long keep, double mass, double highest) {
+                                          unsigned long long keep, double mass, float highest) {
     constexpr int kOwnDigits = kSelectDigits / kThreads;
     static_assert(kOwnDigits * kThreads == kSelectDigits, "each thread owns whole digits");
 
@@ -88,15 +88,15 @@ __device__ SelectThreshold find_threshold(const SelectionRow& row, SelectShared<
 
         // Thread t owns the digits [top - kOwnDigits + 1, top], highest first.
         const int top = kSelectDigits - 1 - static_cast<int>(threadIdx.x) * kOwnDigits;
-        unsigned long long own_count = 0;
+        uint32_t own_count = 0;
         unsigned long long own_mass = 0;
         for (int j = 0; j < kOwnDigits; ++j) {
             own_count += shared.counts[top - j];
             own_mass += shared.masses[top - j];
         }
-        unsigned long long total_count;
+        uint32_t total_count;
         unsigned long long before =
-            block_exclusive_sum<kThreads>(own_count, shared.sums, &total_count);
+            block_exclusive_sum<kThreads>(own_count, shared.row.words, &total_count);
         if (total_count == 0) return threshold;
         if (by_mass) {
             unsigned long long total_mass;
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(SelectParams params) {
     const int64_t row_index = blockIdx.x;
     const bool by_mass = params.mass > 0.0;
     for_each_segment<kThreads>(params.rows, row_index, shared.row, [&](const SelectionRow& row) {
-        double highest = 0.0;
+        float highest = 0.0f;
         int64_t keep = 0;
         if (by_mass) {
             highest = highest_score<kThreads>(row, shared, params.rows.error);
