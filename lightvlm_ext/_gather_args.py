@@ -15,6 +15,44 @@ def check_gather(
     x: object, index: object, count: object, *, align: object
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, bool]:
     """(tensors to move, index, count, whether rows stand flush right); see ops.gather_tokens for them."""
+    tensors: Sequence[object] = x if isinstance(x, (list, tuple)) else (x,)
+    if (
+        isinstance(index, torch.Tensor)
+        and isinstance(count, torch.Tensor)
+        and align in ALIGNMENTS
+        and _is_plain(tensors, index, count)
+    ):
+        return list(tensors), index, count, align == "right"  # type: ignore[arg-type]
+    return _check_each(x, index, count, align=align)
+
+
+def _is_plain(tensors: Sequence[object], index: torch.Tensor, count: torch.Tensor) -> bool:
+    """Whether all is as it should be. A call moves a few rows: what it takes to word an error would cost more."""
+    shape, device = index.shape, index.device
+    if (
+        len(shape) != 2
+        or count.shape != shape[:1]
+        or index.dtype is not torch.int32
+        or count.dtype is not torch.int32
+        or count.device != device
+        or not index.is_contiguous()
+        or not count.is_contiguous()
+    ):
+        return False
+    rows, tokens = shape[0], -1
+    for one in tensors:
+        if not isinstance(one, torch.Tensor) or one.dim() < 2 or one.device != device:
+            return False
+        if tokens < 0:
+            tokens = one.shape[1]
+        if one.shape[:2] != (rows, tokens):
+            return False
+    return tokens <= _checks.INT32_MAX
+
+
+def _check_each(
+    x: object, index: object, count: object, *, align: object
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, bool]:
     index = _checks.tensor(index, "index")
     count = _checks.tensor(count, "count")
     _checks.dtype(index, "index", torch.int32)

@@ -31,12 +31,12 @@ cudaError_t launch_similarity(const Problem& problem, int64_t rows, int64_t drop
         if (pieces) {
             return launch("merge_similarity_tensor", merge_similarity_tensor_kernel<T, Problem>,
                           grid, dim3(kTensorThreads), sizeof(TensorShared), stream, problem,
-                          dropped_tiles, kept_tiles);
+                          static_cast<uint32_t>(dropped_tiles), static_cast<uint32_t>(kept_tiles));
         }
     }
     return launch("merge_similarity", merge_similarity_kernel<T, Problem>, grid,
-                  dim3(kGeneralThreads), sizeof(GeneralShared), stream, problem, dropped_tiles,
-                  kept_tiles);
+                  dim3(kGeneralThreads), sizeof(GeneralShared), stream, problem,
+                  static_cast<uint32_t>(dropped_tiles), static_cast<uint32_t>(kept_tiles));
 }
 
 template <typename T>
@@ -48,12 +48,15 @@ cudaError_t launch_rows(const MergeRowsParams& params, cudaStream_t stream) {
     // One block at least for each slot: it also writes where the tokens went.
     MergeRowsGrid grid{};
     const int64_t values = kRowsThreads * (pieces ? kVector : 1);
-    grid.chunks = params.width > 0 ? ceil_div(params.width, values) : 1;
-    if (pieces) {
-        grid.hubs = params.tokens / (kHubArrivals + 1);
-        grid.hub_chunks = ceil_div(params.width * static_cast<int64_t>(sizeof(T)), kHubBytes);
-    }
-    const int64_t blocks = grid.hubs * grid.hub_chunks + params.slots * grid.chunks;
+    const int64_t chunks = params.width > 0 ? ceil_div(params.width, values) : 1;
+    const int64_t hubs = pieces ? params.tokens / (kHubArrivals + 1) : 0;
+    const int64_t hub_chunks = ceil_div(params.width * static_cast<int64_t>(sizeof(T)), kHubBytes);
+    const int64_t blocks = hubs * hub_chunks + params.slots * chunks;
+    // What does not fit 32 bits does not fit the grid: launch() refuses it.
+    grid.hubs = static_cast<uint32_t>(hubs);
+    grid.hub_chunks = static_cast<uint32_t>(hub_chunks);
+    grid.chunks = static_cast<uint32_t>(chunks);
+    grid.hub_blocks = static_cast<uint32_t>(params.rows * hubs * hub_chunks);
     return launch("merge_rows", pieces ? merge_rows_kernel<T, kVector> : merge_rows_kernel<T, 1>,
                   make_grid(params.slots > 0 ? params.rows * blocks : 0), dim3(kRowsThreads),
                   sizeof(RowsShared), stream, params, grid);

@@ -100,7 +100,10 @@ LIGHTVLM_HOST_DEVICE float scaled_weight(float weight, int32_t exponent) {
 // What a sum of weights scaled by 2^exponent is divided by: at least eps.
 LIGHTVLM_HOST_DEVICE float weight_divisor(float total, double eps, int32_t exponent) {
     if (!(eps > 0.0)) return total;
-    const double scaled = eps * ldexp(1.0, exponent);
+    const uint64_t bits = static_cast<uint64_t>(1023 + exponent) << 52;
+    double power;
+    memcpy(&power, &bits, sizeof(power));
+    const double scaled = eps * power;
     const float least = scaled < FLT_MAX ? static_cast<float>(scaled) : FLT_MAX;
     return total > least ? total : least;
 }

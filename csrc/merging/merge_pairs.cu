@@ -40,7 +40,7 @@ cudaError_t launch_matching(const MergePairsParams& params, cudaStream_t stream)
                                      params.metric_token_stride);
     const int64_t tokens = params.rows * params.tokens;
     const dim3 block(kPairsThreads);
-    const dim3 warp_each = make_grid(ceil_div(tokens, kPairsWarps));
+    const dim3 warp_each = make_grid(params.rows * row_blocks(params.tokens));
     cudaError_t status =
         launch("merge_pairs_prepare",
                pieces ? merge_pairs_prepare_kernel<T, kVector> : merge_pairs_prepare_kernel<T, 1>,
@@ -72,10 +72,9 @@ cudaError_t launch_merge_pairs_cuda(const MergePairsParams& params, cudaStream_t
         return launch_matching<typename decltype(tag)::type>(params, stream);
     });
     if (status != cudaSuccess) return status;
-    const int64_t warps = params.rows * (params.tokens + 1);
-    status =
-        launch("merge_pairs_arrange", merge_pairs_arrange_kernel,
-               make_grid(ceil_div(warps, kPairsWarps)), dim3(kPairsThreads), 0, stream, params);
+    status = launch("merge_pairs_arrange", merge_pairs_arrange_kernel,
+                    make_grid(params.rows * row_blocks(params.tokens + 1)), dim3(kPairsThreads), 0,
+                    stream, params);
     if (status != cudaSuccess) return status;
     return launch_rows_of(params.dtype, rows_of(params), stream);
 }

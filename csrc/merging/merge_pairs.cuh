@@ -28,6 +28,24 @@ namespace lightvlm {
 constexpr int kPairsThreads = 256;
 constexpr int kPairsWarps = kPairsThreads / kWarpThreads;
 
+// Blocks that give each of a row's items a warp.
+__host__ __device__ constexpr int64_t row_blocks(int64_t items) {
+    return (items + kPairsWarps - 1) / kPairsWarps;
+}
+
+struct RowWarp {
+    int64_t row;
+    int64_t item;  // may be past the last
+};
+
+// In 32 bits, as the grid has no more: a division of 64 is a call.
+__device__ __forceinline__ RowWarp row_warp(int64_t items) {
+    const auto blocks = static_cast<uint32_t>(row_blocks(items));
+    return {static_cast<int64_t>(blockIdx.x / blocks),
+            static_cast<int64_t>(blockIdx.x % blocks) * kPairsWarps +
+                static_cast<int64_t>(threadIdx.x) / kWarpThreads};
+}
+
 // A window, for each of its places.
 struct __align__(16) PairWindow {
     int32_t begin;  // place of its first source
@@ -183,10 +201,11 @@ template <typename T, int kVector>
 __global__ void __launch_bounds__(kPairsThreads)
     merge_pairs_prepare_kernel(const __grid_constant__ MergePairsParams params) {
     const PairsWorkspace workspace(params);
-    const int64_t all = static_cast<int64_t>(blockIdx.x) * kPairsWarps + threadIdx.x / kWarpThreads;
-    if (all >= params.rows * params.tokens) return;
-    const int64_t row = all / params.tokens;
-    const int64_t token = all % params.tokens;
+    const RowWarp warp = row_warp(params.tokens);
+    const int64_t row = warp.row;
+    const int64_t token = warp.item;
+    if (token >= params.tokens) return;
+    const int64_t all = row * params.tokens + token;
     const bool writes = threadIdx.x % kWarpThreads == 0;
     const int32_t id = params.window[row * params.window_stride + token];
     if (writes) {
@@ -243,10 +262,11 @@ __device__ __forceinline__ unsigned long long pair_rank(unsigned long long best,
 __global__ void __launch_bounds__(kPairsThreads)
     merge_pairs_choose_kernel(const __grid_constant__ MergePairsParams params) {
     const PairsWorkspace workspace(params);
-    const int64_t all = static_cast<int64_t>(blockIdx.x) * kPairsWarps + threadIdx.x / kWarpThreads;
-    if (all >= params.rows * params.tokens || workspace.token[all] < 0) return;
-    const int64_t row = all / params.tokens;
-    const int64_t place = all % params.tokens;
+    const RowWarp warp = row_warp(params.tokens);
+    const int64_t row = warp.row;
+    const int64_t place = warp.item;
+    const int64_t all = row * params.tokens + place;
+    if (place >= params.tokens || workspace.token[all] < 0) return;
     const PairWindow window = workspace.window[all];
     if (window.pairs == 0 || place - window.begin >= window.sources) return;
     const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
@@ -270,11 +290,10 @@ __global__ void __launch_bounds__(kPairsThreads)
 __global__ void __launch_bounds__(kPairsThreads)
     merge_pairs_arrange_kernel(const __grid_constant__ MergePairsParams params) {
     const PairsWorkspace workspace(params);
-    const int64_t warp =
-        static_cast<int64_t>(blockIdx.x) * kPairsWarps + threadIdx.x / kWarpThreads;
-    const int64_t row = warp / (params.tokens + 1);
-    if (row >= params.rows) return;
-    const int64_t token = warp % (params.tokens + 1);
+    const RowWarp warp = row_warp(params.tokens + 1);
+    const int64_t row = warp.row;
+    const int64_t token = warp.item;
+    if (token > params.tokens) return;
     const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
     const int32_t* into = workspace.into + row * params.tokens;
     const int64_t to = token < params.tokens ? into[token] : params.tokens;

@@ -144,15 +144,16 @@ __device__ inline void list_tokens(const MergeTokensParams& params, int64_t row,
 
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kPrepareThreads)
-    merge_prepare_kernel(const __grid_constant__ MergeTokensParams params, int64_t blocks_per_row) {
+    merge_prepare_kernel(const __grid_constant__ MergeTokensParams params,
+                         uint32_t blocks_per_row) {
     const int64_t row = blockIdx.x / blocks_per_row;
-    const int64_t block = blockIdx.x % blocks_per_row;
+    const uint32_t block = blockIdx.x % blocks_per_row;
     if (block == 0) {
         list_tokens(params, row, *shared_memory<PrepareShared>());
         return;
     }
     const int64_t token =
-        (block - 1) * kPrepareWarps + static_cast<int64_t>(threadIdx.x) / kWarpThreads;
+        static_cast<int64_t>(block - 1) * kPrepareWarps + threadIdx.x / kWarpThreads;
     if (token >= params.tokens) return;
     const T* vector = static_cast<const T*>(params.metric) + row * params.metric_row_stride +
                       token * params.metric_token_stride;

@@ -287,19 +287,21 @@ __device__ inline int64_t find_hub(const MergeRowsParams& params, int64_t row, i
 
 // The grid: first rows * hubs * hub_chunks blocks for hubs, then rows * slots * chunks.
 struct MergeRowsGrid {
-    int64_t hubs;  // of a row, at most; 0 where there is no such way
-    int64_t hub_chunks;
-    int64_t chunks;
+    uint32_t hubs;  // of a row, at most; 0 where there is no such way
+    uint32_t hub_chunks;
+    uint32_t chunks;
+    uint32_t hub_blocks;
 };
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kRowsThreads)
+// Six blocks an SM: 80 registers, of which it takes fewer and spills none.
+__global__ void __launch_bounds__(kRowsThreads, 6)
     merge_rows_kernel(const __grid_constant__ MergeRowsParams params, MergeRowsGrid grid) {
     auto& shared = *shared_memory<RowsShared>();
-    int64_t block = blockIdx.x;
-    const int64_t hub_blocks = params.rows * grid.hubs * grid.hub_chunks;
+    // 32 bits, as the grid has no more: a division of 64 is a call.
+    uint32_t block = blockIdx.x;
     if constexpr (kVector > 1) {
-        if (block < hub_blocks) {
+        if (block < grid.hub_blocks) {
             const int64_t chunk = block % grid.hub_chunks;
             const int64_t row = block / grid.hub_chunks / grid.hubs;
             const int64_t entry =
@@ -316,10 +318,10 @@ __global__ void __launch_bounds__(kRowsThreads)
             return;
         }
     }
-    block -= hub_blocks;
+    block -= grid.hub_blocks;
     const int64_t chunk = block % grid.chunks;
-    const int64_t slot = block / grid.chunks % params.slots;
-    const int64_t row = block / grid.chunks / params.slots;
+    const int64_t slot = block / grid.chunks % static_cast<uint32_t>(params.slots);
+    const int64_t row = block / grid.chunks / static_cast<uint32_t>(params.slots);
     const int64_t column = (chunk * kRowsThreads + threadIdx.x) * kVector;
     const bool active = column < params.width;
     const bool first = chunk == 0 && threadIdx.x == 0;

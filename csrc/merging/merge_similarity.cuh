@@ -62,11 +62,12 @@ struct SimilarityTile {
     int64_t first_kept;
 };
 
-__device__ __forceinline__ SimilarityTile similarity_tile(int64_t dropped_tiles,
-                                                          int64_t kept_tiles) {
-    const int64_t tile = blockIdx.x % (dropped_tiles * kept_tiles);
-    return {static_cast<int64_t>(blockIdx.x) / (dropped_tiles * kept_tiles),
-            tile / kept_tiles * kSimilarityTile, tile % kept_tiles * kSimilarityTile};
+__device__ __forceinline__ SimilarityTile similarity_tile(uint32_t dropped_tiles,
+                                                          uint32_t kept_tiles) {
+    const uint32_t tile = blockIdx.x % (dropped_tiles * kept_tiles);
+    return {static_cast<int64_t>(blockIdx.x / (dropped_tiles * kept_tiles)),
+            static_cast<int64_t>(tile / kept_tiles) * kSimilarityTile,
+            static_cast<int64_t>(tile % kept_tiles) * kSimilarityTile};
 }
 
 // Fills in the tokens. False, in each thread, where no pair of the tile has a group in common.
@@ -133,8 +134,8 @@ struct GeneralShared {
 
 template <typename T, typename Problem>
 __global__ void __launch_bounds__(kGeneralThreads)
-    merge_similarity_kernel(const __grid_constant__ Problem problem, int64_t dropped_tiles,
-                            int64_t kept_tiles) {
+    merge_similarity_kernel(const __grid_constant__ Problem problem, uint32_t dropped_tiles,
+                            uint32_t kept_tiles) {
     auto& shared = *shared_memory<GeneralShared>();
     const SimilarityTile tile = similarity_tile(dropped_tiles, kept_tiles);
     if (!load_similarity_tokens<kGeneralThreads>(problem, tile, shared.tokens)) return;
@@ -232,8 +233,8 @@ __device__ __forceinline__ uint32_t load_pair(const uint16_t* values) {
 
 template <typename T, typename Problem>
 __global__ void __launch_bounds__(kTensorThreads)
-    merge_similarity_tensor_kernel(const __grid_constant__ Problem problem, int64_t dropped_tiles,
-                                   int64_t kept_tiles) {
+    merge_similarity_tensor_kernel(const __grid_constant__ Problem problem, uint32_t dropped_tiles,
+                                   uint32_t kept_tiles) {
     auto& shared = *shared_memory<TensorShared>();
     const SimilarityTile tile = similarity_tile(dropped_tiles, kept_tiles);
     if (!load_similarity_tokens<kTensorThreads>(problem, tile, shared.tokens)) return;

@@ -14,7 +14,7 @@ cudaError_t launch_prepare(const MergeTokensParams& params, bool pieces, cudaStr
     return launch("merge_prepare",
                   pieces ? merge_prepare_kernel<T, kVector> : merge_prepare_kernel<T, 1>,
                   make_grid(params.rows * blocks), dim3(kPrepareThreads), sizeof(PrepareShared),
-                  stream, params, blocks);
+                  stream, params, static_cast<uint32_t>(blocks));
 }
 
 MergeRowsParams rows_of(const MergeTokensParams& params) {

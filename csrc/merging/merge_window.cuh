@@ -62,8 +62,8 @@ template <typename T>
 __global__ void __launch_bounds__(kWindowThreads, 2)
     merge_window_kernel(const __grid_constant__ MergePairsParams params) {
     const PairsWorkspace workspace(params);
-    const int64_t row = blockIdx.x / params.tokens;
-    const int64_t place = blockIdx.x % params.tokens;
+    const int64_t row = blockIdx.x / static_cast<uint32_t>(params.tokens);
+    const int64_t place = blockIdx.x % static_cast<uint32_t>(params.tokens);
     const int64_t here = row * params.tokens + place;
     if (workspace.token[here] < 0) return;
     const PairWindow window = workspace.window[here];

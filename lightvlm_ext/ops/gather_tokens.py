@@ -60,16 +60,18 @@ def gather_tokens(
     """
     tensors, index, count, right = check_gather(x, index, count, align=align)
     _library.check_backend(index.device)
-    slots = index.shape[1]
-    gathered = [
-        torch.empty((one.shape[0], slots, *one.shape[2:]), dtype=one.dtype, device=one.device)
-        for one in tensors
-    ]
+    rows, slots = index.shape
+    gathered = [one.new_empty((rows, slots, *one.shape[2:])) for one in tensors]
     error = _errors.error_word("gather_tokens", index.device)
-    for first in range(0, len(tensors), MAX_TENSORS):
-        group = slice(first, first + MAX_TENSORS)
-        _library.op("gather_tokens")(tensors[group], index, count, right, gathered[group], error)
-    _errors.check_now("gather_tokens", index.device)
+    op = _library.op("gather_tokens")
+    if 0 < len(tensors) <= MAX_TENSORS:
+        op(tensors, index, count, right, gathered, error)
+    else:
+        for first in range(0, len(tensors), MAX_TENSORS):
+            group = slice(first, first + MAX_TENSORS)
+            op(tensors[group], index, count, right, gathered[group], error)
+    if error is not None:
+        _errors.check_now("gather_tokens", index.device)
     return gathered[0] if isinstance(x, torch.Tensor) else gathered
 
 

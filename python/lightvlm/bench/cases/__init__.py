@@ -10,9 +10,11 @@ from . import (
     decode_attention,
     gather_tokens,
     importance,
+    merge_pairs,
     merge_tokens,
     quantize_kv,
     select,
+    select_diverse,
 )
 from ._case import MODELS, Case, Geometry, Sizes
 
@@ -25,7 +27,9 @@ CASES: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "dequantize_kv": quantize_kv.dequantize_cases,
     "gather_tokens": gather_tokens.cases,
     "importance": importance.cases,
+    "merge_pairs": merge_pairs.cases,
     "merge_tokens": merge_tokens.cases,
     "quantize_kv": quantize_kv.quantize_cases,
     "select": select.cases,
+    "select_diverse": select_diverse.cases,
 }

@@ -1,8 +1,8 @@
-"""``gather_tokens`` against index_select."""
+"""``gather_tokens`` against index_select and other ways to index."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -39,10 +39,23 @@ def _gather(name: str, tensors: list[Tensor], selection: ops.Selection) -> Case:
     def indexed() -> list[Tensor]:
         return [one[:, index] for one in tensors]
 
+    def gathered() -> list[Tensor]:
+        return [one.gather(1, index[None, :, None].expand(1, -1, one.shape[2])) for one in tensors]
+
+    def masked() -> list[Tensor]:
+        mask = selection.inverse[0] >= 0
+        return [one[:, mask] for one in tensors]
+
     def verify() -> None:
         same = all(torch.equal(a, b) for a, b in zip(op(), selected(), strict=True))
         require(same, "gather_tokens disagrees with index_select")
 
     moved = sum(one[:, :1].numel() * one.element_size() * len(index) for one in tensors)
     floors = plain_copies(moved, tensors[0].device)
-    return Case(name, op, {"index_select": selected, "x[:, index]": indexed}, verify, floors, 2 * moved)
+    baselines: dict[str, Callable[[], object]] = {
+        "index_select": selected,
+        "x[:, index]": indexed,
+        "gather": gathered,
+        "x[:, mask]": masked,
+    }
+    return Case(name, op, baselines, verify, floors, 2 * moved)

@@ -1,4 +1,4 @@
-"""``merge_tokens`` against matmul, argmax and index_add."""
+"""``merge_tokens`` against what torch has: a product, an argmax, and a weighted sum of some kind."""
 
 from __future__ import annotations
 
@@ -11,37 +11,43 @@ from torch.nn import functional
 from lightvlm_ext import ops
 
 from ._case import DTYPES, KEEP, Case, Sizes, dtype_name, require, require_close
+from ._merging import ADDERS, Add, Find, finders, image_tokens
 
 TOKENS = (1000, 2000)
+_MOST_FLOPS = 2e14  # a case beyond it would take longer than it tells
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    """One image, kept tokens at random, the hidden states as their own metric."""
+    """One image a row, kept tokens at random, the hidden states as their own metric."""
     for count in sizes.tokens or TOKENS:
-        for model, geometry in sizes.geometries().items():
-            for dtype in DTYPES:
-                width = geometry.width
-                name = f"{count} x {width} {dtype_name(dtype)} ({model}), keep {KEEP}"
-                yield _merge(name, count, width, dtype, sizes.device)
+        for batch in sizes.batches:
+            for model, geometry in sizes.geometries().items():
+                for dtype in DTYPES:
+                    width = geometry.width
+                    if 2 * KEEP * (1 - KEEP) * batch * count**2 * width > _MOST_FLOPS:
+                        continue
+                    name = f"{batch} x {count} x {width} {dtype_name(dtype)} ({model}), keep {KEEP}"
+                    yield _merge(name, batch, count, width, dtype, sizes.device)
 
 
-def _merge(name: str, count: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
-    # A few directions and noise: tokens of an image resemble each other.
-    shared = torch.randn(count // 8 + 1, width, device=device)
-    which = torch.randint(0, len(shared), (count,), device=device)
-    x = (shared[which] + torch.randn(count, width, device=device)).to(dtype)[None]
-    selection = ops.select(torch.rand(1, count, device=device), keep=int(KEEP * count))
-    weight = torch.rand(1, count, device=device) + 0.1
-    group = torch.zeros(1, count, dtype=torch.int32, device=device)
-    kept = selection.index[0].long()
-    dropped = (selection.inverse[0] < 0).nonzero().flatten()
+def _merge(name: str, batch: int, count: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
+    x = image_tokens(batch, count, width, dtype, device)
+    selection = ops.select(torch.rand(batch, count, device=device), keep=int(KEEP * count))
+    weight = torch.rand(batch, count, device=device) + 0.1
+    group = torch.zeros(batch, count, dtype=torch.int32, device=device)
+    index = selection.index.long()
+    # Known before, for the baselines: the op finds them itself.
+    dropped = torch.stack([(row < 0).nonzero().flatten() for row in selection.inverse])
+    slots = torch.arange(index.shape[1], device=device)
 
-    def composed(unit: Tensor) -> Tensor:
-        nearest = (unit[dropped] @ unit[kept].T).argmax(dim=1)
-        total = weight[0, kept].clone().index_add_(0, nearest, weight[0, dropped])
-        summed = x[0, kept].float() * weight[0, kept, None]
-        summed.index_add_(0, nearest, x[0, dropped].float() * weight[0, dropped, None])
-        return (summed / total[:, None]).to(dtype)
+    def composed(find: Find, add: Add) -> Tensor:
+        rows = []
+        for row, kept, gone, share in zip(x, index, dropped, weight, strict=True):
+            owner = torch.empty(count, dtype=torch.long, device=device)
+            owner[kept] = slots
+            owner[gone] = find(row[gone], row[kept])[1]
+            rows.append(add(row, owner, share, kept))
+        return torch.stack(rows)
 
     def op() -> Tensor:
         return ops.merge_tokens(x, selection, weight, group)
@@ -50,20 +56,29 @@ def _merge(name: str, count: int, width: int, dtype: torch.dtype, device: torch.
         # The choices of the op itself, since near-ties may go either way; then the sums.
         out, target = ops.merge_tokens(x, selection, weight, group, return_target=True)
         unit = functional.normalize(x[0].double(), dim=-1)
-        cosine = unit[dropped] @ unit[kept].T
-        chosen = cosine.gather(1, target[0, dropped].long()[:, None])[:, 0]
+        cosine = unit[dropped[0]] @ unit[index[0]].T
+        chosen = cosine.gather(1, target[0, dropped[0]].long()[:, None])[:, 0]
         require(
             bool((chosen >= cosine.amax(dim=1) - 1e-5).all()), "merge_tokens chose another than the nearest"
         )
-        shares = functional.one_hot(target[0].long(), len(kept)).double() * weight[0, :, None]
-        merged = (shares.T @ x[0].double()) / shares.sum(dim=0)[:, None]
+        merged = ADDERS["index_add"](x[0].double(), target[0].long(), weight[0], index[0])
         require_close(out[0], merged, 1e-5 if dtype == torch.float32 else 1e-2)
 
-    baselines: dict[str, Callable[[], object]] = {
-        "normalize, matmul, argmax, index_add": lambda: composed(functional.normalize(x[0], dim=-1)),
-    }
-    if dtype != torch.float32:
-        baselines["the same, similarity in float32"] = lambda: composed(
-            functional.normalize(x[0].float(), dim=-1)
-        )
-    return Case(name, op, baselines, verify)
+    baselines: dict[str, Callable[[], object]] = {}
+    found = finders(dtype)
+    quickest = found["normalize takers"]
+    for way, find in found.items():
+        baselines[f"{way}, index_add"] = lambda find=find: composed(find, ADDERS["index_add"])  # type: ignore[misc]
+    for way, add in ADDERS.items():
+        baselines[f"normalize takers, {way}"] = lambda add=add: composed(quickest, add)  # type: ignore[misc]
+    kept_count = index.shape[1]
+    return Case(
+        name,
+        op,
+        baselines,
+        verify,
+        bytes=batch * (count + kept_count) * width * x.element_size(),
+        flops=2 * batch * kept_count * (count - kept_count) * width,
+        precision=dtype,
+        parameters={"batch": batch, "dtype": dtype_name(dtype)},
+    )
