@@ -11,6 +11,8 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
+from ._kv import PackedKV
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -68,6 +70,8 @@ def observed(function: Callable[P, T]) -> Callable[P, T]:
 def _device_of(args: tuple[object, ...], kwargs: dict[str, object]) -> str:
     for value in (*args, *kwargs.values()):
         first = value[0] if isinstance(value, (list, tuple)) and value else value
+        if isinstance(first, PackedKV):
+            first = first.key_codes
         if isinstance(first, torch.Tensor):
             return first.device.type
     return "cpu"
