@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--case-seconds",
         type=float,
-        default=4.0,
+        default=3.0,
         help="fewer rounds, down to 3, for a case that takes longer than this",
     )
     parser.add_argument("--seconds", type=float, default=math.inf, help="what is left after this is skipped")

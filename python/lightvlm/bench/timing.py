@@ -33,7 +33,8 @@ from .cuda_device import CaptureError, Device
 
 Call = Callable[[], object]
 
-WARM_UP = 2
+WARM_UP = 2  # calls on CUDA
+WARM = 0.05  # seconds of a call that is warm after one
 SHORTEST = 2e-3  # seconds that are timed at once
 MOST_REPEATS = 200
 FEWEST_ROUNDS = 3
@@ -83,17 +84,17 @@ def in_turns(names: list[str], rounds: int) -> Iterator[tuple[int, str]]:
 
 
 def time_on_cpu(calls: Mapping[str, Call], effort: Effort) -> dict[str, list[float]]:
-    """Seconds of every call in every round, after WARM_UP rounds."""
-    names = list(calls)
-    repeats = dict.fromkeys(names, 1)
+    """Seconds of every call in every round, after a warm-up."""
+    repeats: dict[str, int] = {}
     round_seconds = 0.0
-    for turn, name in in_turns(names, WARM_UP):
-        seconds = _clock(calls[name], repeats[name])
+    for name, call in calls.items():
+        seconds = _clock(call, 1)
         repeats[name] = min(MOST_REPEATS, math.ceil(SHORTEST / max(seconds, 1e-9)))
-        if turn == WARM_UP - 1:
-            round_seconds += seconds * repeats[name]
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for _, name in in_turns(names, effort.for_calls(round_seconds)):
+        if seconds < WARM:
+            seconds = _clock(call, repeats[name])
+        round_seconds += seconds * repeats[name]
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _, name in in_turns(list(calls), effort.for_calls(round_seconds)):
         times[name].append(_clock(calls[name], repeats[name]))
     return times
 
