@@ -32,10 +32,8 @@ struct Bf16Work {
 };
 static_assert(sizeof(Bf16Work) <= sizeof(SpanScratch::work));
 
-// As _mm512_dpbf16_ps, around which GCC 12 moves every sum to another register and back.
-LIGHTVLM_TARGET_AVX512_BF16 LIGHTVLM_INLINE void add_bf16_products(__m512& sum, __m512i a,
-                                                                   __m512i b) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+LIGHTVLM_TARGET_AVX512_BF16 LIGHTVLM_INLINE __m512 dot_bf16(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 
 template <int kHeads>
@@ -56,8 +54,8 @@ LIGHTVLM_TARGET_AVX512_BF16 void score_bf16(const Span& span, Bf16Work* work, fl
             for (int h = 0; h < kHeads; ++h) {
                 const __m512i q =
                     _mm512_set1_epi32(static_cast<int>(work->query[j * kHeadTile + h]));
-                add_bf16_products(sums[h][0], a, q);
-                add_bf16_products(sums[h][1], b, q);
+                sums[h][0] = dot_bf16(sums[h][0], a, q);
+                sums[h][1] = dot_bf16(sums[h][1], b, q);
             }
         }
 #pragma GCC unroll 8
@@ -90,8 +88,8 @@ LIGHTVLM_TARGET_AVX512_BF16 void value_bf16(const Span& span, Bf16Work* work, fl
                 int pair;
                 std::memcpy(&pair, work->weights + h * kSpanTokens + n, sizeof(pair));
                 const __m512i w = _mm512_set1_epi32(pair);
-                add_bf16_products(sums[h][0], a, w);
-                add_bf16_products(sums[h][1], b, w);
+                sums[h][0] = dot_bf16(sums[h][0], a, w);
+                sums[h][1] = dot_bf16(sums[h][1], b, w);
             }
         }
 #pragma GCC unroll 8

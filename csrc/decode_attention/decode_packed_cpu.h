@@ -48,11 +48,6 @@ LIGHTVLM_TARGET_AVX512_VNNI LIGHTVLM_INLINE __m512i code_of(__m512i words, int k
     return _mm512_and_si512(words, _mm512_set1_epi16((1 << bits) - 1));
 }
 
-// As _mm512_dpwssd_epi32, around which GCC 12 moves every sum to another register and back.
-LIGHTVLM_TARGET_AVX512_VNNI LIGHTVLM_INLINE void add_products(__m512i& sum, __m512i a, __m512i b) {
-    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-}
-
 // What a row of weights is multiplied with to become whole numbers, and their step. NaN and
 // infinity end up in the step.
 struct Steps {
@@ -137,8 +132,8 @@ LIGHTVLM_TARGET_AVX512_VNNI void score_tokens(const uint32_t* dwords, const Pack
 #pragma GCC unroll 8
             for (int h = 0; h < kHeads; ++h) {
                 const __m512i w = _mm512_set1_epi32(static_cast<int>(weight[h * kCodes + k]));
-                add_products(sums[h][0], a, w);
-                add_products(sums[h][1], b, w);
+                sums[h][0] = _mm512_dpwssd_epi32(sums[h][0], a, w);
+                sums[h][1] = _mm512_dpwssd_epi32(sums[h][1], b, w);
             }
         }
     }
@@ -239,8 +234,8 @@ LIGHTVLM_TARGET_AVX512_VNNI void sum_codes(const __m512i* pairs, int count, cons
             int pair;
             std::memcpy(&pair, weight + h * kSpanTokens + 2 * i, 4);
             const __m512i w = _mm512_set1_epi32(pair);
-            add_products(sum[h][0], a, w);
-            add_products(sum[h][1], b, w);
+            sum[h][0] = _mm512_dpwssd_epi32(sum[h][0], a, w);
+            sum[h][1] = _mm512_dpwssd_epi32(sum[h][1], b, w);
         }
     }
 #pragma GCC unroll 8
