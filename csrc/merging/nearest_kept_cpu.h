@@ -58,7 +58,7 @@ struct CosineDot {
 };
 
 // Fewer kept tokens, or shorter vectors, are not worth the 8 bits.
-constexpr int64_t kInt8Kept = 96;
+constexpr int64_t kInt8Kept = 160;
 constexpr int64_t kInt8Width = 128;
 constexpr int64_t kInt8MaxWidth = 1 << 15;  // sums of products stay below 2^31
 // Screen 1 is given up where it leaves more than this share of the pairs.
@@ -72,9 +72,7 @@ class Nearest {
 
     void run() {
         if (!try_int8()) {
-            const bool pairs =
-                std::is_same_v<T, bfloat16_t> && has_product(ProductUnit::kBfloat16Pair);
-            screen_vectors(pairs ? ProductUnit::kBfloat16Pair : ProductUnit::kFloat);
+            screen_vectors(pairs_ ? ProductUnit::kBfloat16Pair : ProductUnit::kFloat);
         }
     }
 
@@ -255,6 +253,7 @@ class Nearest {
     const NearestKept<T>& group_;
     int32_t* nearest_;
     float* best_;
+    const bool pairs_ = std::is_same_v<T, bfloat16_t> && has_product(ProductUnit::kBfloat16Pair);
 };
 
 }  // namespace nearest_detail
