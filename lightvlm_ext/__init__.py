@@ -14,12 +14,14 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import ops, reference
     from ._errors import device_errors
-    from ._host import keep_counts
+    from ._host import OutOfPages, PagePool, keep_counts
     from ._library import build_info, is_available
     from ._observe import OpCall, observe
 
 __all__ = [
     "OpCall",
+    "OutOfPages",
+    "PagePool",
     "__version__",
     "build_info",
     "device_errors",
@@ -33,6 +35,8 @@ __all__ = [
 _SUBMODULES = ("ops", "reference")
 _HOME = {
     "OpCall": "_observe",
+    "OutOfPages": "_host",
+    "PagePool": "_host",
     "build_info": "_library",
     "device_errors": "_errors",
     "is_available": "_library",
