@@ -88,7 +88,7 @@ def test_missing_parts_and_options_take_their_defaults() -> None:
         ('{"schema_version": 1, "cache": {"kind": "lightvlm"}}', "unknown cache kind 'lightvlm'"),
         (
             '{"schema_version": 1, "precision": {"kind": "int4"}}',
-            "unknown precision kind 'int4'; known: none",
+            "unknown precision kind 'int4'; known: kv",
         ),
         (
             '{"schema_version": 1, "prefill": {"kind": "random", "keeep": 1}}',
