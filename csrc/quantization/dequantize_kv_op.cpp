@@ -25,28 +25,9 @@ void dequantize_kv_op(const Tensor& key_codes,               // [B, Hkv, N, row 
                       const Tensor& value,                   // [B, N, Hkv, D], out
                       const std::optional<Tensor>& error) {  // [1] int32, device error word
     DequantizeKvParams params;
-    params.dtype = floating_dtype(key, "key");
-    check_dtype(value, "value", key.scalar_type());
-    check_shape(key, "key", {-1, -1, -1, -1});
-    params.batch = key.size(0);
-    params.tokens = key.size(1);
-    params.heads = key.size(2);
-    params.head_dim = key.size(3);
-    check_shape(value, "value", {params.batch, params.tokens, params.heads, params.head_dim});
-    check_device(value, "value", key);
-    check_last_contiguous(key, "key");
-    check_last_contiguous(value, "value");
-    check_packed_sizes(params.head_dim, bits, block, params.tokens);
-    check_packed_tensors({key_codes, value_codes, key_scale, key_zero, value_channel, value_token},
-                         params.batch, params.heads, params.tokens, params.head_dim, bits, block,
-                         key);
-    check_lens(lens, params.batch, key);
-    params.bits = static_cast<int>(bits);
-    params.block = block;
-    if (lens.has_value()) {
-        params.lens = lens->const_data_ptr<int32_t>();
-        params.lens_stride = lens->stride(0);
-    }
+    set_packed_sizes(key, value,
+                     {key_codes, value_codes, key_scale, key_zero, value_channel, value_token},
+                     lens, bits, block, &params);
     params.key_codes = key_codes.const_data_ptr<uint8_t>();
     params.value_codes = value_codes.const_data_ptr<uint8_t>();
     params.key_scale = key_scale.const_data_ptr<float>();

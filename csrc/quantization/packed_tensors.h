@@ -62,4 +62,33 @@ inline void check_lens(const std::optional<Tensor>& lens, int64_t batch, const T
     check_device(*lens, "lens", other);
 }
 
+// What quantize_kv and dequantize_kv have in common: (batch, tokens, heads, head_dim) keys and
+// values, the packed tensors that fit them, and lens. Checks all of it and fills the sizes.
+template <typename Params>
+void set_packed_sizes(const Tensor& key, const Tensor& value, const PackedTensors& packed,
+                      const std::optional<Tensor>& lens, int64_t bits, int64_t block,
+                      Params* params) {
+    params->dtype = floating_dtype(key, "key");
+    check_dtype(value, "value", key.scalar_type());
+    check_shape(key, "key", {-1, -1, -1, -1});
+    params->batch = key.size(0);
+    params->tokens = key.size(1);
+    params->heads = key.size(2);
+    params->head_dim = key.size(3);
+    check_shape(value, "value", {params->batch, params->tokens, params->heads, params->head_dim});
+    check_device(value, "value", key);
+    check_last_contiguous(key, "key");
+    check_last_contiguous(value, "value");
+    check_packed_sizes(params->head_dim, bits, block, params->tokens);
+    check_packed_tensors(packed, params->batch, params->heads, params->tokens, params->head_dim,
+                         bits, block, key);
+    check_lens(lens, params->batch, key);
+    params->bits = static_cast<int>(bits);
+    params->block = block;
+    if (lens.has_value()) {
+        params->lens = lens->const_data_ptr<int32_t>();
+        params->lens_stride = lens->stride(0);
+    }
+}
+
 }  // namespace lightvlm

@@ -34,33 +34,14 @@ void quantize_kv_op(const Tensor& key,                       // [B, N, Hkv, D]
                     const std::optional<Tensor>& workspace,  // [B, Hkv, T, parts, 3, D]
                     const std::optional<Tensor>& error) {    // [1] int32, device error word
     QuantizeKvParams params;
-    params.dtype = floating_dtype(key, "key");
-    check_dtype(value, "value", key.scalar_type());
-    check_shape(key, "key", {-1, -1, -1, -1});
-    params.batch = key.size(0);
-    params.tokens = key.size(1);
-    params.heads = key.size(2);
-    params.head_dim = key.size(3);
-    check_shape(value, "value", {params.batch, params.tokens, params.heads, params.head_dim});
-    check_device(value, "value", key);
-    check_last_contiguous(key, "key");
-    check_last_contiguous(value, "value");
-    check_packed_sizes(params.head_dim, bits, block, params.tokens);
-    check_packed_tensors({key_codes, value_codes, key_scale, key_zero, value_channel, value_token},
-                         params.batch, params.heads, params.tokens, params.head_dim, bits, block,
-                         key);
-    check_lens(lens, params.batch, key);
-    params.bits = static_cast<int>(bits);
-    params.block = block;
+    set_packed_sizes(key, value,
+                     {key_codes, value_codes, key_scale, key_zero, value_channel, value_token},
+                     lens, bits, block, &params);
     params.blocks = key_scale.size(2);
     params.key = key.const_data_ptr();
     params.value = value.const_data_ptr();
     params.key_strides = packed_strides(key, 2);
     params.value_strides = packed_strides(value, 2);
-    if (lens.has_value()) {
-        params.lens = lens->const_data_ptr<int32_t>();
-        params.lens_stride = lens->stride(0);
-    }
     params.key_codes = key_codes.mutable_data_ptr<uint8_t>();
     params.value_codes = value_codes.mutable_data_ptr<uint8_t>();
     params.key_scale = key_scale.mutable_data_ptr<float>();
