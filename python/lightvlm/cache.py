@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from lightvlm_ext import ops
-
-from .cache_layer import SLACK, CompactLayer
+from .cache_layer import SLACK, CompactLayer, check_rows
 from .methods.base import CachePart, PrecisionPart
 from .models.base import attention_kinds
-from .packing import pack_generated, pack_prompt
+from .packed_eviction import evict_packed
+from .packing import move_rows, pack_generated, pack_prompt
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -71,23 +70,36 @@ class CompactCache(Cache):
             raise ValueError(f"config has layers that are not full attention: {', '.join(sorted(other))}")
         self.layers: list[CompactLayer]  # type: ignore[assignment]
         super().__init__(layers=[CompactLayer(capacity) for _ in range(text.num_hidden_layers)])
+        self._heads = _heads_of(text)
         self._has_own_plan = plan is not None
         self._set_plan(plan if plan is not None else Plan())
         self.run: weakref.ref[Run] | None = None
         self.leftpad: list[int] = []
         self.since_compaction = 0
+        self._unread = True
 
     def _set_plan(self, plan: Plan) -> None:
-        if plan.precision is not None and any(layer.capacity is not None for layer in self.layers):
-            raise ValueError(
-                "capacity must be None with a precision part: packed storage grows as it is needed"
-            )
         self.plan = plan
-        rows = plan.cache.rows if isinstance(plan.cache, CachePart) else 0
-        if isinstance(plan.precision, PrecisionPart) and plan.precision.separates:
+        cache, precision = plan.cache, plan.precision
+        mass = isinstance(cache, CachePart) and cache.wants_mass
+        rows = cache.rows if isinstance(cache, CachePart) and not mass else 0
+        if isinstance(precision, PrecisionPart) and precision.separates:
             rows = max(rows, 1)  # the last query tells important tokens apart
-        for layer in self.layers:
-            layer.query_rows = rows
+        for index, layer in enumerate(self.layers):
+            layer.query_rows, layer.wants_mass = rows, mass
+            layer.will_be_packed = isinstance(precision, PrecisionPart) and bool(
+                precision.levels(index, len(self.layers))
+            )
+
+    def check_model(self, config: PretrainedConfig) -> None:
+        """Raise a ValueError unless this cache is one for such a decoder."""
+        found = (len(self.layers), *self._heads)
+        wanted = (config.num_hidden_layers, *_heads_of(config))
+        if found != wanted:
+            raise ValueError(
+                "past_key_values is a cache of another model: it has {} layers of {} heads of {} channels, the model "
+                "{} of {} of {}".format(*found, *wanted)
+            )
 
     def begin(self, run: Run, leftpad: list[int]) -> None:
         """Say that a prompt whose rows have that much padding will now be stored, on the model of ``run``."""
@@ -104,6 +116,11 @@ class CompactCache(Cache):
         return other
 
     @property
+    def reads_itself(self) -> bool:
+        """Whether attention follows what is stored, not the 2-D mask, in a layer."""
+        return any(layer.ragged or layer.mass is not None for layer in self.layers)
+
+    @property
     def ragged(self) -> bool:
         """Whether a layer holds fewer tokens than it has seen."""
         return any(layer.ragged for layer in self.layers)
@@ -111,19 +128,37 @@ class CompactCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"layer {layer_idx} was asked of a cache for {len(self.layers)} layers: it belongs to another model"
+            )
         layer = self.layers[layer_idx]
+        if self.attached:
+            return layer.update(key_states, value_states, *args, **kwargs)
         # asked of all layers at the first, so that none has changed when it raises
-        if not self.attached and (self.ragged if layer_idx == 0 else layer.ragged):
+        if not (self.complete if layer_idx == 0 else layer.complete):
             raise ValueError(
                 "this cache was shortened by a plan and only an attached model can read it; attach the plan again"
             )
-        if self.plan.cache is not None and not self.attached and layer_idx == 0 and not layer.seen:
+        if layer_idx == 0:
+            self._before_step(key_states, value_states)
+        stored = layer.update(key_states, value_states, *args, **kwargs)
+        return stored if layer.packed is None else layer.unpacked(self.leftpad)
+
+    def _before_step(self, key_states: Tensor, value_states: Tensor) -> None:
+        """What nobody else does for a cache on a model that is not attached: pack the steps before this one."""
+        if self.plan.cache is not None and not self.layers[0].seen:
             warnings.warn(
                 "CompactCache evicts nothing on a model that is not attached: scoring needs the queries; "
                 "use lightvlm.attach(model, plan)",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return layer.update(key_states, value_states, *args, **kwargs)
+        if isinstance(self.plan.precision, PrecisionPart) and self.layers[0].is_initialized:
+            self.layers[0].check_room(key_states, value_states)
+            if self._unread:
+                pack_prompt(self.layers, self.plan.precision, None)
+            pack_generated(self.layers, self.plan.precision)
+            self._unread = False
 
     @property
     def attached(self) -> bool:
@@ -131,37 +166,50 @@ class CompactCache(Cache):
         run = self.run() if self.run is not None else None
         return run is not None and run.attached
 
-    def step(self, new_tokens: int) -> None:
-        """Count ``new_tokens`` decoded tokens, and compact every layer
-        in one launch when the plan says it is time."""
+    @property
+    def complete(self) -> bool:
+        """Whether every token seen is stored, in an order that is known: a model that is not attached can go on."""
+        return all(layer.complete for layer in self.layers)
+
+    def step(self, new_tokens: int) -> bool:
+        """Count ``new_tokens`` decoded tokens; pack what became old, and, when the plan says it is time or a fixed
+        capacity is used up, compact every layer in one launch. Returns whether anything left its place."""
         if isinstance(self.plan.precision, PrecisionPart):
             pack_generated(self.layers, self.plan.precision)
         policy = self.plan.cache
         if policy is None:
-            return
+            return False
         assert isinstance(policy, CachePart)
         self.since_compaction += new_tokens
-        if self.since_compaction < policy.interval:
-            return
+        full = any(layer.capacity is not None and layer.held >= layer.capacity for layer in self.layers)
+        if self.since_compaction < policy.interval and not full:
+            return False
         self.since_compaction = 0
-        chosen = [(layer, policy.choose(layer, self.leftpad)) for layer in self.layers]
+        evicted = evict_packed(
+            [layer for layer in self.layers if layer.packed is not None], policy, self.leftpad
+        )
+        chosen = [
+            (layer, policy.choose(layer, self.leftpad)) for layer in self.layers if layer.packed is None
+        ]
         moves = [(layer, choice) for layer, choice in chosen if choice is not None]
         if not moves:
-            return
-        ops.compact_kv_(
-            [layer.key_storage for layer, _ in moves],
-            [layer.value_storage for layer, _ in moves],
+            return evicted
+        move_rows(
+            [layer for layer, _ in moves],
             [choice[0] for _, choice in moves],
             [choice[1] for _, choice in moves],
         )
         for layer, (_, _, kept) in moves:
             layer.compacted(kept, policy.recent)
+            layer.dropped = True
+        return True
 
     def pack_prompt(self, selections: dict[int, Selection] | None) -> None:
         """Store the prompt just read in the bits that the plan says.
 
         ``selections``: layer -> tokens that attended, which are the important ones; None: all are.
         """
+        self._unread = False
         if isinstance(self.plan.precision, PrecisionPart):
             pack_prompt(self.layers, self.plan.precision, selections)
 
@@ -174,15 +222,13 @@ class CompactCache(Cache):
             tail: so many of the last tokens are among them.
         """
         layers = [self.layers[index] for index in selections]
-        ops.compact_kv_(
-            [layer.key_storage for layer in layers],
-            [layer.value_storage for layer in layers],
-            [one.index for one in selections.values()],
-            [one.count for one in selections.values()],
+        move_rows(
+            layers, [one.index for one in selections.values()], [one.count for one in selections.values()]
         )
         counts = torch.stack([one.count for one in selections.values()]).tolist()
         for layer, kept in zip(layers, counts, strict=True):
             layer.compacted(kept, tail)
+            layer.dropped = True
             layer.shrink(SLACK)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -202,7 +248,12 @@ class CompactCache(Cache):
             self.batch_select_indices(torch.arange(self.layers[0].batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Take the rows ``indices`` (B',) of the batch, in that order."""
+        """Take the rows ``indices`` (B',) of the batch, in that order.
+
+        Raises:
+            ValueError: indices is not a vector of integers, or, on the CPU, names a row that is not there.
+        """
+        check_rows(indices, self.layers[0].batch_size)
         differ = len(set(self.leftpad)) > 1 or any(layer.rows_differ for layer in self.layers)
         rows = indices.tolist() if differ else [0] * len(indices)
         for layer in self.layers:
@@ -212,7 +263,7 @@ class CompactCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.leftpad, self.since_compaction = [], 0
+        self.leftpad, self.since_compaction, self._unread = [], 0, True
 
     def shrink(self) -> None:
         """Give free rows of the buffers back to the allocator (buffers move; not with a fixed capacity)."""
@@ -233,3 +284,10 @@ class CompactCache(Cache):
     def kv_bytes_full(self) -> int:
         """Bytes that a cache holding every token seen would use, all layers."""
         return sum(layer.bytes_full() for layer in self.layers)
+
+
+def _heads_of(config: Any) -> tuple[int, int]:
+    """Key/value heads of a decoder, and their width."""
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return heads, int(width)

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from lightvlm_ext import ops
+from lightvlm_ext.ops import KVSegment, PackedKV
+
 from .host import upload
 from .packed_store import PackedStore
 
@@ -19,12 +22,12 @@ SLACK = 128
 class CompactLayer(CacheLayerMixin):
     """Keys and values of one decoder layer. Public attributes:
 
-    key_storage, value_storage (B, capacity, Hkv, D); starts, ends: where each row's keys stand; seen: logical
-        length;
-    ragged: whether stored and seen tokens differ, that is, whether the 2-D mask no longer applies; tail:
-        tokens at the
-    end of every row that are certainly consecutive, up to which :meth:`crop` works;
-    packed: what left the buffer for segments of fewer bits, or None.
+    key_storage, value_storage (B, capacity, Hkv, D): the buffer.   starts, ends: where each row's keys stand in it.
+    seen: logical length.   ragged: whether what is stored is no longer what the 2-D mask is about.   tail: tokens at
+    the end of every row that are certainly consecutive, up to which :meth:`crop` works.
+    dropped: whether tokens are gone for good.   packed: what left the buffer for segments of fewer bits, or None.
+    wants_mass: whether attention shall add up what each stored token receives;   mass (B, Hkv, capacity) fp32: that sum
+    for the buffer (packed tokens have theirs in ``packed``), or None.
     """
 
     is_sliding = False
@@ -32,7 +35,10 @@ class CompactLayer(CacheLayerMixin):
 
     def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity
+        self.will_be_packed = False
         self.query_rows = 0
+        self.wants_mass = False
+        self._mass = torch.empty(0)
         self.scale: float | None = None
         self.key_storage = self.value_storage = torch.empty(0)
         self._clear()
@@ -46,7 +52,9 @@ class CompactLayer(CacheLayerMixin):
         self.seen = 0
         self.tail = 0
         self.ragged = False
+        self.dropped = False
         self.packed: PackedStore | None = None
+        self.mass: Tensor | None = None
         self._queries: list[Tensor] = []
         self._bounds: tuple[Tensor, Tensor] | None = None
 
@@ -68,7 +76,8 @@ class CompactLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, _, length, _ = key_states.shape
-        room = self.capacity if self.capacity is not None else length + SLACK
+        fixed = self.capacity is not None and not self.will_be_packed
+        room = self.capacity if fixed and self.capacity is not None else length + SLACK
         if _fits(self.key_storage, key_states, room) and _fits(self.value_storage, value_states, room):
             self.key_storage.zero_()
             self.value_storage.zero_()
@@ -77,27 +86,30 @@ class CompactLayer(CacheLayerMixin):
             self.value_storage = _token_major(value_states, room)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.starts, self.ends = [0] * batch, [0] * batch
+        self.mass = self._mass_buffer()
         self.is_initialized = True
 
     def begin(self, starts: list[int], seen: int, tail: int, ragged: bool) -> None:
         """Say what the tokens just stored are: the first prompt, of
         which this layer may have got only a part."""
         self.starts, self.seen, self.tail, self.ragged = list(starts), seen, tail, ragged
+        self.dropped = ragged
         self._bounds = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every token seen is stored, in an order that is known."""
+        return not self.dropped and (self.packed is None or self.packed.in_order)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append (B, Hkv, S, D) states; returns all stored ones, (B, Hkv, N, D)."""
-        new = key_states.shape[2]
-        needed = (max(self.ends) if self.is_initialized else 0) + new
-        if self.capacity is not None and needed > self.capacity:
-            raise ValueError(f"capacity of the cache is {self.capacity} tokens; this step needs {needed}")
-        first = not self.is_initialized
+        self.check_room(key_states, value_states)
+        first, new = not self.is_initialized, key_states.shape[2]
         if first:
             self.lazy_initialization(key_states, value_states)
-        elif key_states.shape[0] != len(self.ends):
-            raise ValueError(f"key_states has {key_states.shape[0]} rows, the cache has {len(self.ends)}")
+        needed = max(self.ends) + new
         if needed > self.key_storage.shape[1]:
             self._grow(needed)
         # detached: a cache that is written again and again must not hold on to every step's graph
@@ -117,10 +129,65 @@ class CompactLayer(CacheLayerMixin):
             return key_states, value_states
         return self.keys, self.values  # type: ignore[return-value]
 
+    def check_room(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Raise a ValueError unless (B, Hkv, S, D) states fit what is stored, and the capacity."""
+        held, new = self.held, key_states.shape[2]
+        if self.capacity is not None and held + new > self.capacity:
+            raise ValueError(f"capacity of the cache is {self.capacity} tokens; this step needs {held + new}")
+        if not self.is_initialized:
+            return
+        if key_states.shape[0] != len(self.ends):
+            raise ValueError(f"key_states has {key_states.shape[0]} rows, the cache has {len(self.ends)}")
+        for name, states, storage in (
+            ("key_states", key_states, self.key_storage),
+            ("value_states", value_states, self.value_storage),
+        ):
+            found, wanted = (states.shape[1], states.shape[3]), tuple(storage.shape[2:])
+            if found != wanted or states.dtype != storage.dtype:
+                raise ValueError(
+                    f"{name} has {found[0]} heads of {found[1]} channels in {states.dtype}, the cache {wanted[0]} of "
+                    f"{wanted[1]} in {storage.dtype}: it belongs to another model"
+                )
+
+    @property
+    def held(self) -> int:
+        """Tokens of the longest row, packed ones included, padding too unless it was left out."""
+        if not self.is_initialized:
+            return 0
+        packed = self.packed.counts if self.packed is not None else [0] * len(self.ends)
+        return max(end + count for end, count in zip(self.ends, packed, strict=True))
+
     def _grow(self, needed: int) -> None:
-        room = max(needed, 2 * self.key_storage.shape[1])
-        self.key_storage = _token_major(self.key_storage.transpose(1, 2), room, copy=max(self.ends))
-        self.value_storage = _token_major(self.value_storage.transpose(1, 2), room, copy=max(self.ends))
+        self._resize(max(needed, 2 * self.key_storage.shape[1]))
+
+    def _resize(self, room: int) -> None:
+        """Move what is stored into buffers of so many rows."""
+        used = max(self.ends)
+        self.key_storage = _token_major(self.key_storage.transpose(1, 2), room, copy=used)
+        self.value_storage = _token_major(self.value_storage.transpose(1, 2), room, copy=used)
+        if self.mass is not None:
+            before = self.mass[:, :, :used].clone()
+            self.mass = self._mass_buffer()
+            assert self.mass is not None
+            self.mass[:, :, :used] = before
+
+    def _mass_buffer(self) -> Tensor | None:
+        """Zeros for each place of the buffer, where attention is to be added up."""
+        if not self.wants_mass:
+            return None
+        batch, room, heads, _ = self.key_storage.shape
+        if self._mass.shape == (batch, heads, room) and self._mass.device == self.key_storage.device:
+            self._mass.zero_()  # a fixed buffer keeps its address
+        else:
+            with torch.inference_mode(False):
+                self._mass = torch.zeros(batch, heads, room, device=self.key_storage.device)
+        return self._mass
+
+    def _clear_mass(self) -> None:
+        """Forget what places behind the last tokens received: other tokens will stand there."""
+        if self.mass is not None:
+            at = torch.arange(self.mass.shape[2], device=self.mass.device)
+            self.mass.masked_fill_((at >= self.bounds()[1][:, None])[:, None], 0)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """starts and ends as (B,) int32 on the device."""
@@ -144,22 +211,87 @@ class CompactLayer(CacheLayerMixin):
             return self.key_storage.new_empty(len(self.ends), 0, 1, self.key_storage.shape[-1])
         return torch.cat(self._queries, dim=1)[:, -self.query_rows :]
 
+    def buffer(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, N, Hkv, D) that are not packed, views; row b's stand at [starts[b], ends[b])."""
+        used = max(self.ends)
+        return self.key_storage[:, :used], self.value_storage[:, :used]
+
+    def segments(self, behind: int = 0) -> list[KVSegment | PackedKV]:
+        """What decode_attention reads: all that is stored, but for each row's last ``behind`` tokens."""
+        key, value = self.buffer()
+        packed = self.packed.segments() if self.packed is not None else []
+        if not behind and not any(self.starts) and len(set(self.ends)) == 1:
+            return [*packed, KVSegment(key, value)]
+        starts, ends = self.bounds()
+        return [*packed, KVSegment(key, value, lens=ends - behind if behind else ends, leftpad=starts)]
+
+    def masses(self) -> list[Tensor | None] | None:
+        """Where attention to each segment of :meth:`segments` is added up; None where it is not."""
+        if self.mass is None:
+            return None
+        packed = self.packed.masses() if self.packed is not None else []
+        return [*packed, self.mass[:, :, : max(self.ends)]]
+
+    def scores(self, rows: int | None) -> Tensor | None:
+        """Attention that each token of the buffer received, (B, N) fp32, mean over heads; None where none is known.
+
+        rows: from so many of the last queries, or, None, from all since the prompt (the mass).
+        """
+        if rows is None:
+            return None if self.mass is None else self.mass[:, :, : max(self.ends)].mean(dim=1)
+        queries = self.recent_queries()[:, -rows:]
+        if queries.shape[1] == 0:
+            return None
+        start, end = self.bounds()
+        return ops.importance(
+            queries, self.buffer()[0], scale=self.scale, lens=end, leftpad=start, rows="sum"
+        )
+
     def compacted(self, kept: list[int], tail: int) -> None:
         """Say that the rows were moved to the front of the buffer and ``kept`` of each remain."""
         self.starts, self.ends = [0] * len(kept), list(kept)
         self.ragged, self.tail = True, min(self.tail, tail, *kept)
         self._bounds = None
+        self._clear_mass()
 
     def store(self, packed: PackedStore, key: Tensor, value: Tensor, ends: list[int]) -> None:
-        """Say that the prompt is packed, but for its last tokens: key, value (B, R, Hkv, D), of which row b has
+        """Say that all is packed but for each row's last tokens: key, value (B, R, Hkv, D), of which row b has
         ``ends[b]``. They become the buffer."""
+        last = [
+            self.mass[row, :, end - left : end].clone() if self.mass is not None else None
+            for row, (end, left) in enumerate(zip(self.ends, ends, strict=True))
+        ]
         self.packed = packed
         self.key_storage, self.value_storage = key, value
+        self.mass = self._mass_buffer()
+        for row, received in enumerate(last):
+            if received is not None and self.mass is not None:
+                self.mass[row, :, : received.shape[1]] = received
         self.compacted(ends, min(ends))
+
+    def unpacked(self, leftpad: list[int]) -> tuple[Tensor, Tensor]:
+        """All keys and values (B, Hkv, seen, D) in their order, in 16 bits; zeros where row b has its padding."""
+        assert self.packed is not None
+        batch, _, heads, width = self.key_storage.shape
+        out = self.key_storage.new_zeros(2, batch, self.seen, heads, width)
+        at, none = leftpad or [0] * batch, [0] * batch
+        parts = [(*part, none) for part in self.packed.unpacked(self.key_storage.dtype)]
+        counts = [end - start for start, end in zip(self.starts, self.ends, strict=True)]
+        for key, value, count, first in [*parts, (*self.buffer(), counts, self.starts)]:
+            whole = len({*zip(at, count, first, strict=True)}) == 1
+            for row in range(1 if whole else batch):
+                rows = slice(None) if whole else slice(row, row + 1)
+                to = slice(at[row], at[row] + count[row])
+                taken = slice(first[row], first[row] + count[row])
+                out[0, rows, to], out[1, rows, to] = key[rows, taken], value[rows, taken]
+            at = [begin + number for begin, number in zip(at, count, strict=True)]
+        return out[0].transpose(1, 2), out[1].transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         # transformers 5.0 passes the positions of the new tokens where later versions pass their number
         new = query_length if isinstance(query_length, int) else query_length.shape[0]
+        if self.packed is not None:  # on a model that is not attached all tokens are given, in their order
+            return self.seen + new, 0
         return (max(self.ends) if self.is_initialized else 0) + new, 0
 
     def get_seq_length(self) -> int:
@@ -195,6 +327,7 @@ class CompactLayer(CacheLayerMixin):
         if self._queries:
             self._queries = [self.recent_queries()[:, :tokens_to_remove]]
         self._bounds = None
+        self._clear_mass()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -209,6 +342,7 @@ class CompactLayer(CacheLayerMixin):
         """Take the rows ``indices`` (B',) of the batch; ``rows``: the same on the host, where it is known."""
         if not self.is_initialized:
             return
+        check_rows(indices, len(self.ends))
         if rows is None:  # where no row differs there is no need to ask the device
             rows = indices.tolist() if self.rows_differ else [0] * len(indices)
         on_device = indices.to(self.key_storage.device)
@@ -219,6 +353,11 @@ class CompactLayer(CacheLayerMixin):
             self.key_storage = _buffer(keys, len(rows), *self.key_storage.shape[1:])
             self.value_storage = _buffer(values, len(rows), *self.value_storage.shape[1:])
         self.key_storage[:, :used], self.value_storage[:, :used] = keys, values
+        if self.mass is not None:
+            taken = self.mass[:, :, :used].index_select(0, on_device)
+            self.mass = self._mass_buffer()
+            assert self.mass is not None
+            self.mass[:, :, :used] = taken
         self.starts = [self.starts[row] for row in rows]
         self.ends = [self.ends[row] for row in rows]
         if self.packed is not None:
@@ -229,10 +368,9 @@ class CompactLayer(CacheLayerMixin):
     def shrink(self, slack: int = 0) -> None:
         """Give the free rows of a growing buffer back, all but ``slack``."""
         if self.is_initialized and self.capacity is None:
-            used = max(self.ends)
-            room = min(used + slack, self.key_storage.shape[1])
-            self.key_storage = _token_major(self.key_storage.transpose(1, 2), room, copy=used)
-            self.value_storage = _token_major(self.value_storage.transpose(1, 2), room, copy=used)
+            self._resize(min(max(self.ends) + slack, self.key_storage.shape[1]))
+            if self.packed is not None:
+                self.packed.shrink()
 
     def bytes_used(self) -> int:
         """Bytes of the keys and values that are valid."""
@@ -241,7 +379,8 @@ class CompactLayer(CacheLayerMixin):
 
     def bytes_allocated(self) -> int:
         """Bytes of the buffers."""
-        return self.key_storage.nbytes + self.value_storage.nbytes + self._bytes_packed()
+        mass = self.mass.nbytes if self.mass is not None else 0
+        return self.key_storage.nbytes + self.value_storage.nbytes + mass + self._bytes_packed()
 
     def _bytes_packed(self) -> int:
         return self.packed.nbytes if self.packed is not None else 0
@@ -277,3 +416,15 @@ def _fits(buffer: Tensor, states: Tensor, room: int) -> bool:
     batch, heads, _, width = states.shape
     same = buffer.dtype == states.dtype and buffer.device == states.device
     return same and buffer.shape == (batch, room, heads, width)
+
+
+def check_rows(indices: Tensor, batch: int) -> None:
+    """Raise a ValueError unless indices (B',) are rows of a batch, as far as the host knows."""
+    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"indices must be a vector of integers, got {indices.dtype} of shape {tuple(indices.shape)}"
+        )
+    if indices.device.type == "cpu" and batch >= 0 and len(indices):
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= batch:
+            raise ValueError(f"indices must be rows of the cache, 0 to {batch - 1}, got {low} to {high}")

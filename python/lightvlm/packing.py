@@ -14,7 +14,7 @@ from lightvlm_ext.ops import KVSegment, Selection
 from .cache_layer import CompactLayer
 from .host import upload
 from .methods.base import PrecisionPart
-from .packed_store import BLOCK, PackedStore
+from .packed_store import BLOCK, PackedStore, PromptKV
 
 _SLACK = 16
 """Rows of a buffer beyond those that wait to be packed: tokens that assisted decoding adds at once."""
@@ -43,11 +43,18 @@ def pack_prompt(
         selections: layer -> tokens that attended; None: all did. How many tokens get which bits is then for the
             device to know, and read from it once for all layers.
     """
+    _pack_middle(layers, part, selections, 1)
+
+
+def _pack_middle(
+    layers: Sequence[CompactLayer], part: PrecisionPart, selections: dict[int, Selection] | None, least: int
+) -> None:
+    """:func:`pack_prompt`, of layers that are not packed yet and have so many tokens to pack in a row."""
     groups: dict[int, list[_Group]] = {}
     for index, layer in enumerate(layers):
         levels = part.levels(index, len(layers))
         middle = [max(0, end - start - part.sinks - part.recent) for start, end in _spans(layer)]
-        if not levels or max(middle) == 0:
+        if not levels or layer.packed is not None or max(middle, default=0) < least:
             continue
         if len(levels) == 2 and selections is not None:
             groups[index] = _told_apart(layer, part, levels, selections[index])
@@ -83,14 +90,17 @@ def _pack_layer(
     spans, device = list(_spans(layer)), layer.key_storage.device
     sinks = [min(part.sinks, end - start) for start, end in spans]
     recent = [min(part.recent, end - start - first) for (start, end), first in zip(spans, sinks, strict=True)]
-    store = PackedStore([end - start - last for (start, end), last in zip(spans, recent, strict=True)])
+    store = PackedStore(len(spans))
     if max(sinks) > 0:
         index, count = _places([start for start, _ in spans], sinks, device)
-        store.sinks = KVSegment(*_take(layer, index, count), lens=count)
+        store.sinks, store.sink_counts = KVSegment(*_take(layer, index, count), lens=count), sinks
     for group, found in zip(groups, counts, strict=True):
         if max(found) > 0:
-            key, value = _take(layer, group.index[:, : max(found)], group.count)
-            store.prompt.append(ops.quantize_kv(key, value, bits=group.bits, lens=group.count))
+            places = group.index[:, : max(found)]
+            key, value = _take(layer, places, group.count)
+            packed = ops.quantize_kv(key, value, bits=group.bits, lens=group.count)
+            store.prompt.append(PromptKV(packed, found, _take_mass(layer, places, group.count)))
+    store.in_order = len(store.prompt) <= 1
     index, count = _places([end - last for (_, end), last in zip(spans, recent, strict=True)], recent, device)
     room = part.recent + part.interval + _SLACK
     index = torch.nn.functional.pad(index, (0, room - index.shape[1]), value=-1)
@@ -98,20 +108,27 @@ def _pack_layer(
 
 
 def pack_generated(layers: Sequence[CompactLayer], part: PrecisionPart) -> None:
-    """Pack the oldest ``interval`` tokens of the buffers once as many stand before the recent ones."""
-    ready = [
+    """Pack the oldest ``interval`` tokens of the buffers as long as so many stand before the recent ones."""
+    _pack_middle(layers, part, None, part.interval)  # of prompts too short to be packed when they were read
+    while ready := [
         (index, layer)
         for index, layer in enumerate(layers)
         if layer.packed is not None
         and min(end - start for start, end in _spans(layer)) >= part.recent + part.interval
-    ]
-    if not ready:
-        return
-    taken, scores = {}, {}
+    ]:
+        _pack_oldest(layers, part, ready)
+
+
+def _pack_oldest(
+    layers: Sequence[CompactLayer], part: PrecisionPart, ready: list[tuple[int, CompactLayer]]
+) -> None:
+    """Pack the oldest ``interval`` tokens of these layers, with their numbers."""
+    taken, masses, scores = {}, {}, {}
     for index, layer in ready:
         starts, device = [start for start, _ in _spans(layer)], layer.key_storage.device
-        taken[index] = _take(layer, *_places(starts, [part.interval] * len(starts), device))
-        if len(part.levels(index, len(layers))) == 2:
+        places = _places(starts, [part.interval] * len(starts), device)
+        taken[index], masses[index] = _take(layer, *places), _take_mass(layer, *places)
+        if len(part.levels(index, len(layers))) == 2 and layer.recent_queries().shape[1]:
             scores[index] = ops.importance(
                 layer.recent_queries()[:, -1:], taken[index][0], scale=layer.scale, causal=False, rows="sum"
             )
@@ -122,16 +139,18 @@ def pack_generated(layers: Sequence[CompactLayer], part: PrecisionPart) -> None:
         important = {index: -(-count // BLOCK) * BLOCK for index, count in zip(scores, found, strict=True)}
     for index, layer in ready:
         assert layer.packed is not None
-        levels, (key, value) = part.levels(index, len(layers)), taken[index]
+        levels, (key, value), mass = part.levels(index, len(layers)), taken[index], masses[index]
         high = important.get(index, part.interval)
+        room = max(0, layer.capacity - layer.packed.counts[0]) if layer.capacity is not None else 0
         if high == part.interval:
-            layer.packed.append(key, value, levels[0])
+            layer.packed.append(key, value, levels[0], mass, room)
             continue
         chosen = ops.select(scores[index], keep=high)
         others = ops.select(scores[index], keep=part.interval - high, candidates=chosen.inverse < 0)
         for bits, tokens in zip(levels, (chosen, others), strict=True):
             own_key, own_value = ops.gather_tokens([key, value], tokens.index, tokens.count)
-            layer.packed.append(own_key, own_value, bits)
+            own_mass = _gather_mass(mass, tokens.index, tokens.count)
+            layer.packed.append(own_key, own_value, bits, own_mass, room)
     _move_to_front([layer for _, layer in ready], part.interval)
 
 
@@ -142,14 +161,20 @@ def _move_to_front(layers: list[CompactLayer], gone: int) -> None:
         left = [end - start - gone for start, end in _spans(layer)]
         places.append(_places([start + gone for start, _ in _spans(layer)], left, layer.key_storage.device))
         ends.append(left)
+    move_rows(layers, [index for index, _ in places], [count for _, count in places])
+    for layer, left in zip(layers, ends, strict=True):
+        layer.compacted(left, min(left))
+
+
+def move_rows(layers: Sequence[CompactLayer], index: list[Tensor], count: list[Tensor]) -> None:
+    """Move rows of the buffers, and what they received, to the front: all layers in one launch."""
     ops.compact_kv_(
         [layer.key_storage for layer in layers],
         [layer.value_storage for layer in layers],
-        [index for index, _ in places],
-        [count for _, count in places],
+        index,
+        count,
+        extras=[[] if layer.mass is None else [layer.mass.transpose(1, 2)] for layer in layers],
     )
-    for layer, left in zip(layers, ends, strict=True):
-        layer.compacted(left, min(left))
 
 
 def _spans(layer: CompactLayer) -> list[tuple[int, int]]:
@@ -167,3 +192,16 @@ def _take(layer: CompactLayer, index: Tensor, count: Tensor) -> tuple[Tensor, Te
     """Keys and values (B, M, Hkv, D) at these places; zeros past the count."""
     key, value = ops.gather_tokens([layer.key_storage, layer.value_storage], index, count)
     return key, value
+
+
+def _take_mass(layer: CompactLayer, index: Tensor, count: Tensor) -> Tensor | None:
+    """What the tokens at these places received, (B, Hkv, M)."""
+    return _gather_mass(layer.mass, index, count)
+
+
+def _gather_mass(mass: Tensor | None, index: Tensor, count: Tensor) -> Tensor | None:
+    """mass (B, Hkv, N) at these places; zeros past the count."""
+    if mass is None:
+        return None
+    taken: Tensor = ops.gather_tokens(mass.transpose(1, 2), index, count)
+    return taken.transpose(1, 2).contiguous()

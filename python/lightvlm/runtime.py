@@ -22,7 +22,7 @@ from lightvlm_ext._kv import PACKED_HEAD_DIMS
 from . import attention_hook
 from .flops import head_width
 from .layout import BatchLayout, LayoutError, read_layout
-from .methods.base import AttentionPart, PrecisionPart, PrefillPart
+from .methods.base import AttentionPart, CachePart, PrecisionPart, PrefillPart
 from .models import find_adapter
 from .models.base import Adapter
 from .plan import Plan
@@ -30,6 +30,7 @@ from .report import Report
 from .session import Prefill
 from .sparse_attention import SparsePrefill
 from .statistics import Statistics, Timer
+from .stored_attention import attend_stored
 
 if TYPE_CHECKING:
     from .cache import CompactCache
@@ -82,8 +83,16 @@ def _check_precision(plan: Plan, adapter: Adapter) -> None:
         return
     if not isinstance(part, PrecisionPart):
         raise ValueError(f"plan.precision is a {type(part).__name__}, which this version does not know")
-    if plan.cache is not None:
-        raise ValueError("plan.precision cannot be combined with plan.cache: tokens are packed, not evicted")
+    if isinstance(plan.cache, CachePart):
+        if not plan.cache.wants_mass:
+            raise ValueError(
+                "plan.cache must score by the attention added up while decoding (score='mass') where plan.precision "
+                "packs the cache: packed keys are not scored anew"
+            )
+        if type(plan.cache).budget is CachePart.budget:
+            raise ValueError(
+                f"plan.cache, a {type(plan.cache).__name__}, has no budget, which plan.precision needs"
+            )
     if part.separates and not isinstance(plan.prefill, AttentionPart):
         raise ValueError(
             "plan.precision has low_bits, which needs a prefill part that says what is important (zipvl)"
@@ -203,8 +212,10 @@ class Run:
 
     def _continue(self, cache: Any, inputs: dict[str, Any]) -> None:
         """More tokens on a filled cache: they are all appended, and image tokens among them are not reduced."""
+        if _is_compact(cache):
+            cache.check_model(self._adapter.decoder.config)
         if _is_compact(cache) and cache.leftpad:
-            if cache.ragged:
+            if cache.reads_itself:
                 _check_new_tokens(inputs)
             cache.run = weakref.ref(self)
             self._cache = cache
@@ -267,6 +278,8 @@ class Run:
     def _own_cache(self, cache: Any, layout: BatchLayout) -> CompactCache:
         from .cache import CompactCache
 
+        if _is_compact(cache):
+            cache.check_model(self._adapter.decoder.config)
         own = cache if _is_compact(cache) else CompactCache(self._adapter.decoder.config, self.plan)
         if cache is not None and own is not cache:
             own = own.take_place_of(cache)
@@ -334,11 +347,8 @@ class Run:
                 shortened = self._prefill is not None and self._prefill.reduced
                 tail = level.tail if level is not None and shortened else self._layout.length
                 layer.begin(starts, self._layout.length, tail, shortened)
-        elif layer is not None and layer.packed is not None:
-            out = attention_hook.packed_rows(query, layer, scale)
-        elif layer is not None and layer.ragged:
-            bounds = None if _whole(layer) else layer.bounds()
-            out = attention_hook.decode_rows(query, key, value, bounds, scale)
+        elif layer is not None and (layer.ragged or layer.mass is not None):
+            out = attend_stored(query, layer, scale)
         else:
             out, weights = call(module, query, key, value, mask, **kwargs)
         if not self._prompt and layer is not None:
@@ -355,7 +365,7 @@ class Run:
     def _finish(self, output: Any) -> None:
         cache = self._cache
         if cache is not None and not self._prompt:
-            cache.step(_new_tokens(output))
+            self._stats.compactions += cache.step(_new_tokens(output))
         if self._timer is not None:
             self._stats.add_time("prefill" if self._prompt else "decode", self._timer.stop())
         if self._prompt and self._layout is not None:
@@ -425,8 +435,3 @@ def _check_new_tokens(inputs: dict[str, Any]) -> None:
             "attention_mask has padding among the new tokens, which a cache that a plan has shortened cannot skip; "
             "continue rows of different length one by one"
         )
-
-
-def _whole(layer: Any) -> bool:
-    """Whether every row's keys fill the stored length, so that no mask is needed."""
-    return not any(layer.starts) and len(set(layer.ends)) == 1

@@ -73,6 +73,7 @@ class Statistics:
         self._attention_flops = self._full_attention_flops = 0
         self._sparse: list[tuple[int, list[int], torch.Tensor]] = []
         self._aside: Counter[str] = Counter()
+        self.compactions = 0
         self.errors: list[str] = []
 
     def step_aside(self, reason: str) -> None:
@@ -154,7 +155,7 @@ class Statistics:
             seconds=dict(self._seconds),
             op_calls=dict(self._op_calls),
             op_seconds=dict(self._op_seconds),
-            compactions=self._op_calls["compact_kv_"],
+            compactions=self.compactions,
             stepped_aside=dict(self._aside),
             errors=list(self.errors),
         )

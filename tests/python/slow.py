@@ -34,6 +34,7 @@ class SlowDecoder:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.queries: list[list[Tensor]] = [[] for _ in self.layers]
+        self.mass: dict[int, Tensor] = {}
         self.kept: dict[int, list[Selected]] = {}
         self.seen = self.since = 0
         self.next_position = 0
@@ -208,6 +209,7 @@ class SlowDecoder:
             self.values[index] = torch.cat([self.values[index], value], dim=1)
             self.queries[index] += query.unbind(dim=1)
             weights = _weights(query, self.keys[index], layer.self_attn.scaling)
+            self._receive(index, weights)
             hidden = _finish(layer, hidden, weights, self.values[index])
         self.since += len(hidden)
         if self.decode is not None and self.since >= self.decode["interval"]:
@@ -215,6 +217,12 @@ class SlowDecoder:
             for index in range(len(self.layers)):
                 self._compact(index)
         return self._logits(hidden)
+
+    def _receive(self, index: int, weights: Tensor) -> None:
+        """Add up what each stored token receives from new tokens (H, S, N), at most the last 8 of them."""
+        received = weights[:, -8:].mean(dim=0).sum(dim=0)
+        before = self.mass.get(index, torch.zeros(0, dtype=torch.float64))
+        self.mass[index] = received + torch.cat([before, torch.zeros(len(received) - len(before))])
 
     def _compact(self, index: int) -> None:
         assert self.decode is not None
@@ -224,6 +232,17 @@ class SlowDecoder:
         budget = max(always, int(options["keep"] * self.seen + 0.5))
         if stored <= budget:
             return
+        scores = self.mass[index] if options["score"] == "mass" else self._scores_of_queries(index)
+        forced = {*range(options["sinks"]), *range(stored - options["recent"], stored)}
+        free = sorted((i for i in range(stored) if i not in forced), key=lambda i: (-float(scores[i]), i))
+        left = sorted(forced | set(free[: budget - len(forced)]))
+        self.keys[index], self.values[index] = keys[:, left], self.values[index][:, left]
+        self.mass[index] = self.mass[index][left]
+
+    def _scores_of_queries(self, index: int) -> Tensor:
+        assert self.decode is not None
+        options, keys = self.decode, self.keys[index]
+        stored = keys.shape[1]
         scores = torch.zeros(stored, dtype=torch.float64)
         queries = self.queries[index][-min(options["rows"], options["recent"]) :]
         scale = self.layers[index].self_attn.scaling
@@ -231,10 +250,7 @@ class SlowDecoder:
             visible = stored - back
             weights = _weights(query[:, None], keys[:, :visible], scale)
             scores[:visible] += weights[:, 0].mean(dim=0)
-        forced = {*range(options["sinks"]), *range(stored - options["recent"], stored)}
-        free = sorted((i for i in range(stored) if i not in forced), key=lambda i: (-float(scores[i]), i))
-        left = sorted(forced | set(free[: budget - len(forced)]))
-        self.keys[index], self.values[index] = keys[:, left], self.values[index][:, left]
+        return scores
 
     # -- one layer
 

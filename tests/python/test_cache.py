@@ -394,7 +394,7 @@ def test_rows() -> None:
     assert layer.keys[:, 0, 0, 0].tolist() == [200, 0]
     layer.reorder_cache(torch.tensor([1, 1]))
     assert layer.keys[:, 0, 1, 0].tolist() == [1, 1]
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="indices must be rows of the cache, 0 to 1, got 0 to 2"):
         layer.batch_select_indices(torch.tensor([0, 2]))
     assert layer.batch_size == 2
     with pytest.raises(ValueError, match="key_states has 3 rows, the cache has 2"):
@@ -419,7 +419,7 @@ def test_a_bad_index_changes_no_row(qwen: Any) -> None:
     with torch.no_grad(), lightvlm.attach(qwen, lightvlm_plan()):
         cache = qwen(**inputs).past_key_values
         before = [(layer.starts, layer.ends) for layer in cache.layers]
-        with pytest.raises(IndexError):
+        with pytest.raises(ValueError, match="indices must be rows of the cache, 0 to 3, got 0 to 4"):
             cache.batch_select_indices(torch.tensor([0, 4]))
         assert [(layer.starts, layer.ends) for layer in cache.layers] == before
         assert len(cache.leftpad) == 4
@@ -441,6 +441,7 @@ def test_bytes(model: Any, family: Family) -> None:
             assert cache.kv_bytes_used == each * sum(valid)
             assert cache.kv_bytes_full == each * DEPTH * mask.numel()
             stored = [layer.key_storage.numel() + layer.value_storage.numel() for layer in cache.layers]
+            stored += [layer.mass.numel() for layer in cache.layers]
             assert cache.kv_bytes_allocated == 4 * sum(stored)
             report = run.report()
             bytes_ = (report.kv_bytes_used, report.kv_bytes_allocated, report.kv_bytes_full)

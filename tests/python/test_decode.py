@@ -13,12 +13,18 @@ from python.slow import SlowDecoder
 from python.test_prefill import ROWS, lightvlm_plan, noise, prompt, slow_options
 from python.tiny import DEPTH, LLAVA, QWEN, Family, Image, extend, generate, generate_logits
 
-COMPACTION = {
-    "usual": {"keep": 0.3, "interval": 8, "sinks": 2, "recent": 8, "rows": 8},
-    "every-token": {"keep": 0.2, "interval": 1, "sinks": 0, "recent": 1, "rows": 1},
-    "more-rows-than-window": {"keep": 0.4, "interval": 5, "sinks": 1, "recent": 3, "rows": 16},
-    "more-rows-than-interval": {"keep": 0.4, "interval": 2, "sinks": 0, "recent": 9, "rows": 7},
-}
+COMPACTION: dict[str, dict[str, Any]] = {
+    "usual": {"keep": 0.3, "interval": 8, "sinks": 2, "recent": 8, "score": "mass"},
+    "every-token": {"keep": 0.2, "interval": 1, "sinks": 0, "recent": 1, "score": "mass"},
+    "queries": {"keep": 0.3, "interval": 8, "sinks": 2, "recent": 8, "score": "queries", "rows": 8},
+    "one-query": {"keep": 0.2, "interval": 1, "sinks": 0, "recent": 1, "score": "queries", "rows": 1},
+    "more-rows-than-window": {
+        "keep": 0.4, "interval": 5, "sinks": 1, "recent": 3, "score": "queries", "rows": 16
+    },
+    "more-rows-than-interval": {
+        "keep": 0.4, "interval": 2, "sinks": 0, "recent": 9, "score": "queries", "rows": 7
+    },
+}  # fmt: skip
 
 
 def plan_of(name: str, reduce: bool = True) -> lightvlm.Plan:

@@ -8,7 +8,6 @@ from typing import Any
 import lightvlm
 import pytest
 import torch
-from lightvlm import CompactCache
 from lightvlm.methods.kv_precision import KVPrecision
 from lightvlm.methods.zipvl import ZipVLPrefill
 from python.slow import SlowDecoder
@@ -133,9 +132,9 @@ def test_zipvl_stores_what_attended_in_more_bits(model: Any) -> None:
         tokens = slow.keys[0].shape[1]
         for index, layer in enumerate(out.past_key_values.layers):
             middle = [i for i in slow.attending[index] if 2 <= i < tokens - 6]
-            high = [one for one in layer.packed.prompt if one.bits == 4]
+            high = [one.packed for one in layer.packed.prompt if one.packed.bits == 4]
             assert sum(int(one.lens[b]) for one in high) == len(middle)
-            low = [one for one in layer.packed.prompt if one.bits == 2]
+            low = [one.packed for one in layer.packed.prompt if one.packed.bits == 2]
             assert sum(int(one.lens[b]) for one in low) == tokens - 8 - len(middle)
     _, cache = check_steps(model, plan, LONG, 70, lambda model: SlowZipVL(model, ZIPVL))
     assert sum(one.used for one in cache.layers[0].packed.generated.values()) == 64
@@ -151,7 +150,7 @@ def test_generated_tokens_are_told_apart_by_the_last_query(model: Any) -> None:
 
 def test_first_and_last_layers_in_other_bits(model: Any) -> None:
     _, out, _ = read_prompt(model, plan_of(edge_bits=8, bits=2), LONG)
-    bits = [layer.packed.prompt[0].bits for layer in out.past_key_values.layers]
+    bits = [layer.packed.prompt[0].packed.bits for layer in out.past_key_values.layers]
     assert bits == [8, *[2] * (DEPTH - 2), 8]
     _, out, _ = read_prompt(model, plan_of(edge_bits=16, edge_layers=2), LONG)
     assert [layer.packed is None for layer in out.past_key_values.layers] == [True] * 2 + [False] + [True] * 2
@@ -255,8 +254,9 @@ def bad_plans() -> Iterator[Any]:
     yield wide, plan_of(low_bits=2), "plan.precision has low_bits, which needs a prefill part that says"
     drop = ZipVLPrefill(unimportant="drop")
     yield wide, plan_of(drop, low_bits=2), "plan.precision has low_bits, but plan.prefill drops the tokens"
-    both = lightvlm.Plan(cache=lightvlm.LightVLM().cache, precision=KVPrecision())
-    yield wide, both, "plan.precision cannot be combined with plan.cache"
+    queries = lightvlm.LightVLM(decode_score="queries").cache
+    both = lightvlm.Plan(cache=queries, precision=KVPrecision())
+    yield wide, both, "plan.cache must score by the attention added up while decoding"
 
 
 @pytest.mark.parametrize(("build", "plan", "message"), list(bad_plans()))
@@ -278,11 +278,6 @@ def test_refused(build: Any, plan: lightvlm.Plan, message: str) -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KVPrecision(**options)
-
-
-def test_a_fixed_capacity_is_refused(model: Any) -> None:
-    with pytest.raises(ValueError, match="capacity must be None with a precision part"):
-        CompactCache(model.config, plan_of(), capacity=100)
 
 
 def test_a_plan_survives_json() -> None:

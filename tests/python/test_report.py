@@ -94,7 +94,8 @@ def test_calls(model: Any, family: Family) -> None:
     report = run.report()
     stages = 3  # layers 1, 2 and 3 of five
     assert report.compactions == report.op_calls["compact_kv_"] == 2
-    assert report.op_calls["importance"] == stages + 2 * DEPTH
+    # heads of 8 channels are too narrow for decode_attention, which would add the mass up by itself
+    assert report.op_calls["importance"] == stages + 7 * DEPTH
     assert report.op_calls["select_diverse"] == report.op_calls["merge_tokens"] == stages
     assert report.op_calls["select"] == 2 * DEPTH
     assert set(report.op_seconds) == set(report.op_calls)  # on a CPU

@@ -147,6 +147,19 @@ class CachePart(Part):
     rows: int
     """Query rows that the cache remembers for scoring."""
 
+    demotes: bool = False
+    """With a precision part: whether tokens beyond the budget are stored in 2 bits instead of being dropped."""
+
+    def budget(self, logical: int) -> int:
+        """Tokens of a row that may stay when ``logical`` have been seen; needed where the cache is packed as well."""
+        raise NotImplementedError
+
+    @property
+    def wants_mass(self) -> bool:
+        """Whether scores are the attention that tokens received in the decode pass, added up (``layer.scores(None)``);
+        otherwise they come from the remembered queries."""
+        return False
+
     def choose(self, layer: CompactLayer, leftpad: list[int]) -> tuple[Tensor, Tensor, list[int]] | None:
         """What a layer keeps: index (B, M) int32, count (B,) int32 and the counts on the host; None: all of it.
 

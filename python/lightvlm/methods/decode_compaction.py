@@ -1,16 +1,15 @@
 """Decode-time compaction: evict cached tokens, generated ones too, that recent queries no longer look at.
 
-The policy behind LightVLM's decoding part, in our reading (arXiv 2509.00419 says only that unneeded entries
-are
-removed): every ``interval`` tokens, keep the sinks, a recent window, and the tokens with the most attention
-    from the
-last ``rows`` queries, up to a share of the sequence.
+The policy behind LightVLM's decoding part, in our reading (arXiv 2509.00419 says only that unneeded entries are
+removed): every ``interval`` tokens, keep the sinks, a recent window, and the tokens with the most attention, up to a
+share of the sequence. Attention is added up over all generated tokens, as in H2O (Zhang et al., arXiv 2306.14048), here
+for all heads of a layer together.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -28,13 +27,27 @@ if TYPE_CHECKING:
 @register_part("cache", "decode_compaction")
 @dataclass(frozen=True)
 class DecodeCompaction(CachePart):
-    """Keep ``keep`` of the sequence: sinks, a recent window, and what the last queries attended to most."""
+    """Keep ``keep`` of the sequence: sinks, a recent window, and what was attended to most."""
 
     keep: float = option(0.35, "share of the logical sequence kept in the cache at each compaction")
     interval: int = option(64, "compact every so many generated tokens", low=1)
     sinks: int = option(4, "first tokens of a row that always stay", low=0)
     recent: int = option(64, "last tokens of a row that always stay", low=1)
-    rows: int = option(16, "query rows that score: the last ones, as far as they are generated tokens", low=1)
+    rows: int = option(
+        16, "score queries: the last so many queries, as far as they are generated tokens", low=1
+    )
+    limit: int | None = option(None, "keep at most so many tokens, however long the sequence", low=1)
+    score: Literal["mass", "queries"] = option(
+        "mass",
+        "what a token is worth: attention from all generated tokens, added up in the decode pass (H2O), or from the "
+        "last queries alone",
+        choices=("mass", "queries"),
+    )
+    others: Literal["drop", "demote"] = option(
+        "drop",
+        "tokens beyond the budget are dropped or, where a precision part packs them, stored in 2 bits",
+        choices=("drop", "demote"),
+    )
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -42,7 +55,12 @@ class DecodeCompaction(CachePart):
 
     def budget(self, logical: int) -> int:
         """Tokens of a row that may stay when ``logical`` tokens have been seen."""
-        return max(self.sinks + self.recent, int(self.keep * logical + 0.5))
+        wanted = int(self.keep * logical + 0.5)
+        return max(self.sinks + self.recent, wanted if self.limit is None else min(wanted, self.limit))
+
+    @property
+    def demotes(self) -> bool:  # type: ignore[override]
+        return self.others == "demote"
 
     def choose(self, layer: CompactLayer, leftpad: list[int]) -> tuple[Tensor, Tensor, list[int]] | None:
         starts, ends = layer.starts, layer.ends
@@ -50,16 +68,15 @@ class DecodeCompaction(CachePart):
             min(end - start, self.budget(layer.seen - pad))
             for start, end, pad in zip(starts, ends, leftpad, strict=True)
         ]
-        # The queries' tokens must be the last that are stored, and beyond the recent window some may be gone.
-        queries = layer.recent_queries()[:, -self.recent :]
-        if queries.shape[1] == 0 or all(
-            count == end - start for count, start, end in zip(kept, starts, ends, strict=True)
-        ):
+        if all(count == end - start for count, start, end in zip(kept, starts, ends, strict=True)):
             return None
-        keys, device = layer.key_storage[:, : max(ends)], layer.key_storage.device
+        # The queries' tokens must be the last that are stored, and beyond the recent window some may be gone.
+        scores = layer.scores(None if self.score == "mass" else min(self.rows, self.recent))
+        if scores is None:
+            return None
+        device = scores.device
         start, end = layer.bounds()
-        scores = ops.importance(queries, keys, scale=layer.scale, lens=end, leftpad=start, rows="sum")
-        at = torch.arange(keys.shape[1], device=device)[None]
+        at = torch.arange(scores.shape[1], device=device)[None]
         inside = (at >= start[:, None]) & (at < end[:, None])
         forced = inside & ((at < start[:, None] + self.sinks) | (at >= end[:, None] - self.recent))
         free = [
@@ -69,3 +86,7 @@ class DecodeCompaction(CachePart):
         keep = upload(free, device)
         chosen = ops.select(scores, keep=keep, forced=forced, candidates=inside, capacity=max(kept))
         return chosen.index, chosen.count, kept
+
+    @property
+    def wants_mass(self) -> bool:
+        return self.score == "mass"

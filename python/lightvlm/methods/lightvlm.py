@@ -104,6 +104,7 @@ def LightVLM(
     decode_interval: int = 64,
     decode_sinks: int = 4,
     decode_recent: int = 64,
+    decode_score: Literal["mass", "queries"] = "mass",
     decode_rows: int = 16,
     **options: object,
 ) -> Plan:
@@ -112,7 +113,7 @@ def LightVLM(
     Args:
         keep: final tokens of each image over its original tokens, in (0, 1]; 1 keeps all.
         decode_keep: share of the sequence that the cache holds after each compaction; None: never compact.
-        decode_interval, decode_sinks, decode_recent, decode_rows: see :class:`DecodeCompaction`.
+        decode_interval, decode_sinks, decode_recent, decode_score, decode_rows: see :class:`DecodeCompaction`.
         options: see :class:`LightVLMPrefill`.
 
     Raises:
@@ -121,5 +122,12 @@ def LightVLM(
     prefill = LightVLMPrefill(keep=keep, **options)  # type: ignore[arg-type]
     cache = None
     if decode_keep is not None and decode_keep != 1:
-        cache = DecodeCompaction(decode_keep, decode_interval, decode_sinks, decode_recent, decode_rows)
+        cache = DecodeCompaction(
+            decode_keep,
+            interval=decode_interval,
+            sinks=decode_sinks,
+            recent=decode_recent,
+            score=decode_score,
+            rows=decode_rows,
+        )
     return Plan(prefill=prefill, cache=cache)

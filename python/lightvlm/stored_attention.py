@@ -1,0 +1,114 @@
+"""Attention of new tokens over what a layer of a CompactCache stores: segments of 16, 8, 4 and 2 bits, and a buffer.
+
+A few new tokens are attended one by one, straight from the segments (``decode_attention``); for more of them, and for
+heads of a width that the op does not take, keys and values are laid out in 16 bits for as long as the layer takes.
+Where the layer wants it, the attention that each stored token receives is added up in the same pass.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightvlm_ext import ops
+from lightvlm_ext._kv import PACKED_HEAD_DIMS
+from lightvlm_ext.ops import KVSegment
+
+if TYPE_CHECKING:
+    from .cache_layer import CompactLayer
+
+FEW = 8
+"""So many new tokens are attended one by one."""
+
+
+def attend_stored(query: Tensor, layer: CompactLayer, scale: float | None) -> Tensor:
+    """Attention of the last S tokens, which end each row of the layer's buffer.
+
+    query (B, Hq, S, D).   Returns (B, S, Hq, D).
+    """
+    new, width = query.shape[2], query.shape[3]
+    dense = layer.packed is None
+    value_width = layer.value_storage.shape[-1]
+    fits = (
+        width in PACKED_HEAD_DIMS and value_width == width and query.dtype == layer.key_storage.dtype
+    ) or not dense
+    if fits and (new == 1 or (new <= FEW and not (dense and layer.mass is None))):
+        return _one_by_one(query, layer, scale)
+    out = _laid_out(query, layer, scale)
+    if layer.mass is not None:
+        if fits:  # the last tokens of a question speak for it
+            _one_by_one(query[:, :, -FEW:], layer, scale)
+        else:
+            _add_mass(query, layer, scale)
+    return out
+
+
+def _one_by_one(query: Tensor, layer: CompactLayer, scale: float | None) -> Tensor:
+    new = query.shape[2]
+    masses = layer.masses()
+    out = []
+    for at in range(new):  # each sees one more of the new tokens
+        one = query[:, :, at : at + 1].transpose(1, 2)
+        segments = layer.segments(behind=new - 1 - at)
+        out.append(ops.decode_attention(one, segments, scale=scale, mass=masses)[0])
+    return out[0] if new == 1 else torch.cat(out, dim=1)
+
+
+def _add_mass(query: Tensor, layer: CompactLayer, scale: float | None) -> None:
+    """What :func:`_one_by_one` adds, for a buffer of any width of heads; each row speaks for itself."""
+    assert layer.mass is not None
+    starts, ends = layer.bounds()
+    key = layer.buffer()[0]
+    layer.mass[:, :, : key.shape[1]] += ops.importance(
+        query[:, :, -FEW:].transpose(1, 2),
+        key,
+        scale=scale,
+        lens=ends,
+        leftpad=starts,
+        rows="sum",
+        heads="none",
+    )
+
+
+def _laid_out(query: Tensor, layer: CompactLayer, scale: float | None) -> Tensor:
+    """SDPA over keys and values in the query's dtype, one stretch after the other."""
+    new, heads = query.shape[2], query.shape[1]
+    keys, values, seen = [], [], []
+    for segment in layer.packed.segments() if layer.packed is not None else []:
+        key, value = (
+            (segment.key, segment.value)
+            if isinstance(segment, KVSegment)
+            else ops.dequantize_kv(segment, query.dtype)
+        )
+        keys.append(key)
+        values.append(value)
+        at = torch.arange(key.shape[1], device=query.device)
+        valid = at < segment.lens[:, None] if segment.lens is not None else (at >= 0).expand(len(query), -1)
+        seen.append(valid[:, None].expand(-1, new, -1))
+    key, value = layer.buffer()
+    mask = None
+    if seen or any(layer.starts) or len(set(layer.ends)) > 1:
+        starts, ends = layer.bounds()
+        at = torch.arange(key.shape[1], device=query.device)
+        last = ends[:, None] - new + torch.arange(new, device=query.device)
+        seen.append((at >= starts[:, None, None]) & (at <= last[:, :, None]))
+        mask = torch.cat(seen, dim=2)[:, None]
+    elif new > 1:
+        stored = key.shape[1]
+        mask = torch.ones(new, stored, dtype=torch.bool, device=query.device).tril(stored - new)
+    if keys:
+        key, value = torch.cat([*keys, key], dim=1), torch.cat([*values, value], dim=1)
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    kv_heads = key.shape[1]
+    if new == 1:
+        # The heads of a group become query rows, so that each key is read once and not once per head.
+        packed = query.reshape(len(query), kv_heads, heads // kv_heads, query.shape[-1])
+        out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale)
+        return out.reshape(len(query), 1, heads, value.shape[-1])
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=heads != kv_heads
+    )
+    return out.transpose(1, 2)
