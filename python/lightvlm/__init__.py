@@ -15,18 +15,20 @@ from lightvlm_ext._version import __version__
 
 if TYPE_CHECKING:
     from .cache import CompactCache
-    from .methods import LightVLM, Random, method, method_names
+    from .methods import KVPrecision, LightVLM, Random, ZipVL, method, method_names
     from .plan import Plan
     from .report import Report
     from .runtime import Run, attach
 
 __all__ = [
     "CompactCache",
+    "KVPrecision",
     "LightVLM",
     "Plan",
     "Random",
     "Report",
     "Run",
+    "ZipVL",
     "__version__",
     "attach",
     "method",
@@ -36,11 +38,13 @@ __all__ = [
 # Imported at first use: torch takes a second, transformers several, and `lightvlm --help` needs neither.
 _HOME = {
     "CompactCache": "cache",
+    "KVPrecision": "methods",
     "LightVLM": "methods",
     "Plan": "plan",
     "Random": "methods",
     "Report": "report",
     "Run": "runtime",
+    "ZipVL": "methods",
     "attach": "runtime",
     "method": "methods",
     "method_names": "methods",

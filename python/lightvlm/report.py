@@ -24,6 +24,7 @@ class Report:
         kv_bytes_used: bytes of valid keys and values after the last step.
         kv_bytes_allocated: bytes of the buffers that hold them.
         kv_bytes_full: bytes that the uncompressed cache would use at that length.
+        kv_compression: kv_bytes_full over kv_bytes_used.
         seconds: per phase ("prefill", "decode"); the model's time, images included, without the language-model head.
         op_calls, op_seconds: per op; on a GPU seconds are left out, because measuring them would synchronise.
         compactions: times the cache was compacted while decoding.
@@ -42,6 +43,7 @@ class Report:
     kv_bytes_used: int = 0
     kv_bytes_allocated: int = 0
     kv_bytes_full: int = 0
+    kv_compression: float = 1.0
     seconds: dict[str, float] = field(default_factory=dict)
     op_calls: dict[str, int] = field(default_factory=dict)
     op_seconds: dict[str, float] = field(default_factory=dict)
@@ -66,7 +68,7 @@ class Report:
             *self._attention_rows(),
             ("decoder prefill FLOPs", f"{self.flops_share:.1%} of the full model's"),
             ("KV cache", f"{_bytes(self.kv_bytes_used)} used, {_bytes(self.kv_bytes_allocated)} allocated, "
-                         f"{_bytes(self.kv_bytes_full)} if nothing were removed"),
+                         f"{_bytes(self.kv_bytes_full)} in full: {self.kv_compression:.2f} times as much"),
             ("compactions while decoding", f"{self.compactions}"),
         ]  # fmt: skip
         rows += [(f"{phase} time", f"{seconds * 1e3:.1f} ms") for phase, seconds in self.seconds.items()]
@@ -86,7 +88,10 @@ class Report:
         mean = sum(self.attending_share) / len(self.attending_share)
         return [
             ("tokens that attend", f"{mean:.1%}, mean over layers"),
-            ("attention FLOPs at prefill", f"{self.attention_flops_share:.1%} of the full model's"),
+            (
+                "attention FLOPs at prefill",
+                f"{self.attention_flops_share:.1%} of the full model's: {1 - self.attention_flops_share:.1%} less",
+            ),
         ]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from lightvlm_ext._kv import PACKED_HEAD_DIMS
 
 from . import attention_hook
 from .flops import head_width
-from .layout import BatchLayout, LayoutError, read_layout
+from .layout import BatchLayout, LayoutError, RowLayout, read_layout
 from .methods.base import AttentionPart, CachePart, PrecisionPart, PrefillPart
 from .models import find_adapter
 from .models.base import Adapter
@@ -375,8 +376,26 @@ class Run:
             if cache is not None and self._sparse.part.unimportant == "drop":
                 cache.keep_only(self._sparse.selections, self._sparse.tail)
         if self._prompt and cache is not None:
-            cache.pack_prompt(self._sparse.selections if self._sparse is not None else None)
+            cache.pack_prompt(
+                self._sparse.selections if self._sparse is not None else None, self._text_places()
+            )
         self._stats.add_cache(cache if cache is not None else getattr(output, "past_key_values", None))
+
+    def _text_places(self) -> list[list[list[int]]] | None:
+        """For each layer and row, where text stands in the buffer that the prompt filled; None where nobody asks."""
+        precision = self.plan.precision
+        if not (isinstance(precision, PrecisionPart) and precision.keep_text) or self._layout is None:
+            return None
+        layout, depth = self._layout, len(self._adapter.layers)
+        levels: list[tuple[Sequence[RowLayout], list[int]]] = []
+        for index in range(depth):
+            level = self._prefill.tokens_at(index) if self._prefill is not None else None
+            starts = [row.leftpad for row in layout.rows] if level is None else level.starts
+            levels.append((layout.rows if level is None else level.rows, starts))
+        return [
+            [[start + at for at in row.text_positions()] for row, start in zip(rows, starts, strict=True)]
+            for rows, starts in levels
+        ]
 
     def _forget(self) -> None:
         """Drop what belongs to one call of the model, also where the call before did not get to its end."""

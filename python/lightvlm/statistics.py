@@ -152,6 +152,7 @@ class Statistics:
             kv_bytes_used=self._bytes[0],
             kv_bytes_allocated=self._bytes[1],
             kv_bytes_full=self._bytes[2],
+            kv_compression=self._bytes[2] / self._bytes[0] if self._bytes[0] else 1.0,
             seconds=dict(self._seconds),
             op_calls=dict(self._op_calls),
             op_seconds=dict(self._op_seconds),

@@ -180,6 +180,8 @@ class PrecisionPart(Part):
     """Last tokens of a row that do."""
     interval: int
     """Generated tokens that are packed at a time, a multiple of 64."""
+    keep_text: bool
+    """Whether the prompt's text stays in 16 bits."""
 
     def levels(self, layer: int, layers: int) -> tuple[int, ...]:
         """Bits of a layer's important tokens, and, where they differ, of the others; () leaves the layer as it is."""
