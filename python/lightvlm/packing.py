@@ -43,8 +43,8 @@ def pack_prompt(
 
     Args:
         layers: all of a cache, just filled with a prompt.
-        selections: layer -> tokens that attended; None: all did. How many tokens get which bits is then for the
-            device to know, and read from it once for all layers.
+        selections: layer -> tokens that attended; None, or a layer that is not there: all did. How many tokens get
+            which bits is then for the device to know, and read from it once for all layers.
         text: for each layer and row the places in the buffer, ascending, of text, which stays in 16 bits; None: no
             text does.
     """
@@ -72,7 +72,7 @@ def _pack_middle(
         first[index] = [list(range(start, min(start + part.sinks, end))) for start, end in _spans(layer)]
         if text is not None:
             places, middle = _without_text(layer, part, first[index], text[index])
-        if len(levels) == 2 and selections is not None:
+        if len(levels) == 2 and selections is not None and index in selections:
             groups[index] = _told_apart(places, levels, selections[index])
         else:
             groups[index] = [_Group(levels[0], *places, middle)]

@@ -332,7 +332,7 @@ class Run:
         weights = None
         if self._prompt:
             level = self._prefill.level if self._prefill is not None else None
-            if self._sparse is not None:
+            if self._sparse is not None and index >= self._sparse.part.full_layers:
                 out = self._sparse.attend(index, query, key, value, scale)
             elif self._prefill is not None and self._prefill.reduced:
                 assert level is not None

@@ -111,6 +111,12 @@ class Statistics:
         """Count the tokens that attended; how many they were is asked of the device later."""
         self._could_attend += sum(prompt.tokens)
         self._sparse += [(layer, prompt.tokens, chosen.count) for layer, chosen in prompt.selections.items()]
+        full = sum(attention_flops(self._width, count) for count in prompt.tokens)
+        for layer in range(self._layers):
+            if layer not in prompt.selections:
+                self._attending[layer] += sum(prompt.tokens)
+                self._attention_flops += full
+                self._full_attention_flops += full
         if len(self._sparse) > _PENDING:
             self._settle_sparse(len(self._sparse) // 2)
 

@@ -126,6 +126,8 @@ class AttentionPart(Part):
     """Step aside where the longest row of a prompt is shorter."""
     unimportant: str
     """What becomes of the others' keys and values after the prompt: "keep" or "drop"."""
+    full_layers: int
+    """First layers, in which all tokens attend."""
 
     def probe_rows(self, tokens: int) -> list[int]:
         """The query rows that score, ascending, in a prompt of so many tokens."""

@@ -6,6 +6,9 @@ v1); which p they are goes by attention divided by the rows that can see the tok
 attention output and go on by the residual path. Their keys and values are stored in 2 bits where the others' get 4
 (version 1 of the paper; kv_precision.py), or dropped (version 2).
 
+One addition: the first layer attends in full. On the reference VLM nearly all that sparse attention costs is lost there
+(docs/zipvl.md), and one layer of many is cheap; ``full_layers=0`` is the paper's rule.
+
 Our reading, where the text leaves it open: one set of tokens a layer, from the mean over heads; the random rows are
 drawn once a prompt and seeded; tokens whose logits are asked for always attend.
 """
@@ -39,6 +42,7 @@ class ZipVLPrefill(AttentionPart):
     unimportant: Literal["keep", "drop"] = option(
         "keep", "what becomes of the other tokens' keys and values", choices=("keep", "drop")
     )
+    full_layers: int = option(1, "first layers, in which all tokens attend; 0: none, as in the paper", low=0)
     min_tokens: int = option(512, "step aside where the longest row of a prompt is shorter", low=1)
 
     def __post_init__(self) -> None:
