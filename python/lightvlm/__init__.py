@@ -15,6 +15,7 @@ from lightvlm_ext._version import __version__
 
 if TYPE_CHECKING:
     from .cache import CompactCache
+    from .kl import Divergence, divergence
     from .methods import LightVLM, Random, method, method_names
     from .plan import Plan
     from .report import Report
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CompactCache",
+    "Divergence",
     "LightVLM",
     "Plan",
     "Random",
@@ -29,6 +31,7 @@ __all__ = [
     "Run",
     "__version__",
     "attach",
+    "divergence",
     "method",
     "method_names",
 ]
@@ -36,12 +39,14 @@ __all__ = [
 # Imported at first use: torch takes a second, transformers several, and `lightvlm --help` needs neither.
 _HOME = {
     "CompactCache": "cache",
+    "Divergence": "kl",
     "LightVLM": "methods",
     "Plan": "plan",
     "Random": "methods",
     "Report": "report",
     "Run": "runtime",
     "attach": "runtime",
+    "divergence": "kl",
     "method": "methods",
     "method_names": "methods",
 }
