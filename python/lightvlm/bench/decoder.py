@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5)
 
 
-def build_model(geometry: str, layers: int | None, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def build_model(
+    geometry: str, layers: int | None, dtype: torch.dtype, device: str, vocabulary: int = _VOCABULARY
+) -> PreTrainedModel:
     """A Qwen2.5-VL with a random decoder of the geometry and the smallest vision tower."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -64,7 +66,7 @@ def build_model(geometry: str, layers: int | None, dtype: torch.dtype, device: s
         },
         text_config={
             "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers or depth,
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": _VOCABULARY,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": _mrope(head)},
             "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0,
         },
@@ -190,15 +192,16 @@ def _interleaved(calls: dict[Any, Callable[[], None]], rounds: int, device: str)
     times: dict[Any, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
-            _synchronise(device)
+            synchronise(device)
             start = time.perf_counter()
             call()
-            _synchronise(device)
+            synchronise(device)
             if turn:
                 times[name].append(time.perf_counter() - start)
     return times
 
 
-def _synchronise(device: str) -> None:
+def synchronise(device: str) -> None:
+    """Wait until the device has done everything."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
