@@ -210,7 +210,7 @@ class _Size:
             logits = decoding.step()
         if self._wanted is None:  # the dynamic cache comes first
             self._wanted = logits
-        error = check(decoding, logits, self._wanted)
+        error = check(decoding, logits, self._wanted, self.states)
         self.found[candidate.name] = {
             "bits": candidate.bits,
             "logits_error": error,

@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "transformers sdpa, static cache": baseline(True),
     }
     methods = {key: reduced(key) for key in plans}
-    times = _interleaved({**candidates, **methods}, args.rounds, args.device)
+    times = interleaved({**candidates, **methods}, args.rounds, args.device)
 
     seconds = {name: statistics.median(values) for name, values in times.items()}
     fastest = min(candidates, key=lambda name: seconds[name])
@@ -186,7 +186,7 @@ def _fresh(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _interleaved(calls: dict[Any, Callable[[], None]], rounds: int, device: str) -> dict[Any, list[float]]:
+def interleaved(calls: dict[Any, Callable[[], None]], rounds: int, device: str) -> dict[Any, list[float]]:
     """Seconds of every call in every round; the calls of a round
     run one after the other, after one warm-up round."""
     times: dict[Any, list[float]] = {name: [] for name in calls}
