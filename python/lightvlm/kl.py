@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
@@ -42,6 +43,22 @@ class Divergence:
     tokens: int
     rows: list[float] = field(default_factory=list)
     stepped_aside: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def together(cls, parts: Sequence[Divergence]) -> Divergence:
+        """Of several batches, each token counting alike."""
+        tokens = sum(part.tokens for part in parts)
+        aside: Counter[str] = Counter()
+        for part in parts:
+            aside.update(part.stepped_aside)
+        return cls(
+            mean=sum(part.mean * part.tokens for part in parts) / tokens,
+            max=max(part.max for part in parts),
+            agreement=sum(part.agreement * part.tokens for part in parts) / tokens,
+            tokens=tokens,
+            rows=[row for part in parts for row in part.rows],
+            stepped_aside=dict(aside),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON-ready data."""
@@ -162,7 +179,7 @@ def _along(
     return Divergence(
         mean=float(each.sum() / tokens),
         max=float(each.max()),
-        agreement=float((same & counted).sum() / tokens),
+        agreement=int((same & counted).sum()) / tokens,
         tokens=tokens,
         rows=(each.sum(1) / counted.sum(1)).tolist(),
         stepped_aside=run.report().stepped_aside,

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..flops import prefill_flops
-from ..methods import method, method_names
+from ..methods import method_names
 from ..models import find_adapter
 from ..runtime import attach
+from . import levels
 from .common import describe
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-tokens", type=int, default=1000)
     parser.add_argument("--text-tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.35, 0.15, 0.03])
+    levels.add_arguments(parser)
     parser.add_argument("--method", choices=method_names(), nargs="+", default=["lightvlm"])
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default="cpu")
@@ -128,7 +129,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = build_model(args.geometry, args.layers, getattr(torch, args.dtype), args.device)
     inputs = build_inputs(model, args.batch, args.image_tokens, args.text_tokens)
     length = args.image_tokens + args.text_tokens
-    plans = {(name, keep): method(name, keep=keep) for name in args.method for keep in args.keep}
+    tried = levels.levels(args.method, args.keep, args.level, default=(0.35, 0.15, 0.03))
+    knobs = {one.name: one.knob for one, _ in tried}
+    plans = {(one.name, value): one.make(**{one.knob: value}) for one, value in tried}
     reports: dict[tuple[str, float], Any] = {}
 
     def baseline(static: bool) -> Callable[[], None]:
@@ -171,7 +174,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         # rounds are paired: each ran baseline and method one after the other
         ratio = statistics.median(b / m for b, m in zip(times[fastest], times[key], strict=True))
         overhead = sum(report.op_seconds.values())
-        rows.append({"case": case, "method": key[0], "keep": key[1], "baseline": fastest, "seconds": seconds[key],
+        name, knob = key[0], knobs[key[0]]
+        also = "" if knob == "keep" else f", {knob} {key[1]:g}"
+        rows.append({"case": case + also, "method": name, knob: key[1], "baseline": fastest, "seconds": seconds[key],
                      "baseline_seconds": seconds[fastest], "ratio": ratio, "flop_ceiling": ceiling,
                      "share_of_ceiling": ratio / ceiling, "op_seconds": report.op_seconds,
                      "op_share_of_baseline": overhead / seconds[fastest], "tokens_per_layer": report.tokens_per_layer,
