@@ -265,10 +265,17 @@ def test_an_answer_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[0]["method"] == DYNAMIC
 
 
+def test_time_that_is_over_is_a_reason() -> None:
+    rows = decode.run(arguments("--tokens", "300", "--batch", "2", "1", "--seconds", "1e-9"))["rows"]
+    assert rows
+    assert {row["skipped"] for row in rows} == {"the time for the whole run was over"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--rounds", "0"), "--rounds must be at least 1, got 0"),
+        (("--seconds", "0"), r"--seconds must be above 0, got 0\.0"),
         (("--tokens", "512", "100"), "--tokens must be at least 256, got 100"),
         (("--batch", "0"), "--batch must be at least 1, got 0"),
         (("--layers", "0"), "--layers must be at least 1, got 0"),

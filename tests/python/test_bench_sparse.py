@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from lightvlm import cli, flops
-from lightvlm.bench import sparse, sparse_inputs
+from lightvlm.bench import floors, sparse, sparse_inputs, timing
 from lightvlm.bench.decoder import build_model
+from lightvlm.bench.measure import Bench
 from lightvlm.bench.sparse_inputs import GivenShare, inputs_with, share_of
 from lightvlm.methods.base import AttentionScores
 from lightvlm.methods.zipvl import ZipVLPrefill
 from lightvlm.models import find_adapter
+from python.bench_fakes import FakeDevice, RunningClock
 
 CPU = torch.device("cpu")
 LAYER = {
@@ -121,6 +123,18 @@ def test_a_wrong_one_is_bad_news(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "all wrong" in said.err
 
 
+def test_a_layer_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it but the GPU."""
+    monkeypatch.setattr(timing, "MOST_EAGER", 1)
+    monkeypatch.setattr(timing, "MOST_CAPTURED", 2)
+    known = floors.Known("test", 1e9, {torch.float32: 1e9})
+    bench = Bench(CPU, timing.Effort(1), known, FakeDevice(RunningClock()), caches=("warm",))
+    found = inputs_with(0.4, 0.975, 1, 600, sparse.geometry_of("tiny"), torch.float32, CPU)
+    (row,) = sparse._layer(arguments(), bench, "a case", found)
+    assert row.keys() >= LAYER
+    assert (row["mode"], row["cache"]) == ("graph", "warm")
+
+
 def test_share_of_attention_is_that_of_the_model() -> None:
     adapter = find_adapter(build_model("tiny", None, torch.float32, "cpu"))
     whole = flops.prefill_flops(adapter, [[700]] * 4)
@@ -134,10 +148,19 @@ def test_amdahl() -> None:
     assert sparse.amdahl(0.0, 9.0) == 1.0
 
 
+def test_time_that_is_over_is_a_reason() -> None:
+    rows = sparse.run(
+        arguments("--tokens", "512", "--share", "0.5", "--decoder", "--layers", "1", "--seconds", "1e-9")
+    )["rows"]
+    assert rows
+    assert {row["skipped"] for row in rows} == {"the time for the whole run was over"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--rounds", "0"), "--rounds must be at least 1, got 0"),
+        (("--seconds", "0"), r"--seconds must be above 0, got 0\.0"),
         (("--layers", "0"), "--layers must be at least 1, got 0"),
         (("--tokens", "100"), "--tokens must be at least 512, got 100"),
         (("--share", "0.5", "1"), r"--share must be between 0 and 1, got 1\.0"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -27,7 +28,7 @@ from .common import describe
 from .cuda_device import CudaDevice
 from .decode_caches import BITS, Candidate, Decoding, States, candidates, check
 from .decoder import GEOMETRIES, build_model, synchronise
-from .jobs import failed, skipped
+from .jobs import TIME_IS_OVER, failed, skipped
 from .measure import Bench, measure, paired
 from .memory import available, in_use, is_out_of_memory, storage_bytes
 from .timing import Effort, in_turns
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="sizes left after this are skipped")
     parser.add_argument(
         "--attention",
         action=argparse.BooleanOptionalAction,
@@ -75,7 +77,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.generate is not None:
         return {"kind": "decode", **about, "rows": decode_generate.run(args)}
     ceilings = floors.ceilings_of(torch.device(args.device))
-    rows = [*_steps(args, ceilings), *(_attention(args, ceilings) if args.attention else ())]
+    deadline = time.monotonic() + args.seconds
+    rows = list(_steps(args, ceilings, deadline))
+    if args.attention:
+        rows += _attention(args, ceilings, deadline)
     for row in rows:
         if "error" in row:
             print(f"{row['method']}, {row['case']}: {row['error']}", file=sys.stderr)
@@ -113,6 +118,8 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be at least {least.get(name, 1)}, got {value}")
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: this torch has no CUDA device")
+    if not args.seconds > 0:
+        raise ValueError(f"--seconds must be above 0, got {args.seconds}")
     if _room(args) > 96:
         raise ValueError(
             f"--rounds + 1 times --steps must be at most 95, before tokens are packed, got {_room(args) - 1}"
@@ -125,15 +132,23 @@ def _room(args: argparse.Namespace) -> int:
     return int(1 + (args.rounds + 1) * args.steps)
 
 
+def _sizes(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """(tokens, batch), the smallest first, so that time cuts the largest."""
+    return sorted(itertools.product(args.tokens, args.batch), key=lambda size: size[0] * size[1])
+
+
 # -- steps of the whole decoder ----------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def _steps(args: argparse.Namespace, ceilings: floors.Ceilings) -> Iterator[Row]:
+def _steps(args: argparse.Namespace, ceilings: floors.Ceilings, deadline: float) -> Iterator[Row]:
     model = build_model(args.geometry, args.layers, getattr(torch, args.dtype), args.device, vocabulary(args))
     config = model.config.get_text_config(decoder=True)
-    for tokens, batch in itertools.product(args.tokens, args.batch):
+    for tokens, batch in _sizes(args):
         case = f"{args.geometry}, {depth(args)} layers, {batch} x {tokens} tokens, {args.dtype}"
+        if time.monotonic() > deadline:
+            yield skipped("decode step", case, TIME_IS_OVER)
+            continue
         try:
             states = States.random(batch, tokens, config, getattr(torch, args.dtype), args.device)
             yield from _Size(args, ceilings, model, case, states).rows()
@@ -271,14 +286,20 @@ class _Size:
 # -- attention of one layer --------------------------------------------------------------------------------------------
 
 
-def _attention(args: argparse.Namespace, ceilings: floors.Ceilings) -> Iterator[Row]:
+def _attention(args: argparse.Namespace, ceilings: floors.Ceilings, deadline: float) -> Iterator[Row]:
     """One layer's decode attention in each number of bits against torch's and transformers', keys in 16 bits."""
     width, layers, heads, kv_heads, _ = GEOMETRIES[args.geometry]
     geometry = Geometry(width, layers, heads, kv_heads, width // heads)
     device = torch.device(args.device)
-    cuda = CudaDevice(device) if device.type == "cuda" else None
+    cuda = None
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        cuda = CudaDevice(device)
     bench = Bench(device, Effort(args.rounds), ceilings, cuda)
-    for tokens, batch in itertools.product(args.tokens, args.batch):
+    for tokens, batch in _sizes(args):
+        if time.monotonic() > deadline:
+            yield skipped("decode_attention", f"{batch} x {tokens} tokens", TIME_IS_OVER)
+            continue
         listed = of_size(batch, tokens, args.geometry, geometry, device)
         try:
             for case in listed:

@@ -21,6 +21,8 @@ from .memory import is_out_of_memory
 
 Row = dict[str, Any]
 
+TIME_IS_OVER = "the time for the whole run was over"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -70,7 +72,7 @@ def run_job(job: Job, bench: Bench, seen: set[tuple[str, str]], deadline: float)
     cases = CASES[job.op](job.sizes)
     while True:
         if time.monotonic() > deadline:
-            yield skipped(job.op, str(job), "the time for the whole run was over")
+            yield skipped(job.op, str(job), TIME_IS_OVER)
             return
         found = _next_case(job, cases)
         if found is None:

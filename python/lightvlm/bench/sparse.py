@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,7 @@ from .cases._case import Case, Geometry, require
 from .common import describe
 from .cuda_device import CudaDevice
 from .decoder import GEOMETRIES, build_model, interleaved
-from .jobs import failed, skipped
+from .jobs import TIME_IS_OVER, failed, skipped
 from .measure import Bench, measure, paired
 from .memory import is_out_of_memory
 from .sparse_inputs import GivenShare, Inputs, inputs_with, share_of
@@ -63,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="what is left after this is skipped")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -73,11 +76,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     about = describe(args.device)  # of the code that runs, whatever happens to the tree meanwhile
     device = torch.device(args.device)
     ceilings = floors.ceilings_of(device)
-    cuda = CudaDevice(device) if device.type == "cuda" else None
+    cuda = None
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        cuda = CudaDevice(device)
     bench = Bench(device, Effort(args.rounds), ceilings, cuda, caches=("warm",))
-    rows = list(_layers(args, bench))
+    deadline = time.monotonic() + args.seconds
+    rows = list(_layers(args, bench, deadline))
     if args.decoder if args.decoder is not None else cuda is not None:
-        rows += _decoders(args)
+        rows += _decoders(args, deadline)
     for row in rows:
         if "error" in row:
             print(f"{row['method']}, {row['case']}: {row['error']}", file=sys.stderr)
@@ -103,6 +110,8 @@ def _check(args: argparse.Namespace) -> None:
         for value in values:
             if not 0 < value < 1:
                 raise ValueError(f"--{name} must be between 0 and 1, got {value}")
+    if not args.seconds > 0:
+        raise ValueError(f"--seconds must be above 0, got {args.seconds}")
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: this torch has no CUDA device")
 
@@ -131,11 +140,14 @@ def amdahl(share: float, ratio: float) -> float:
 
 
 @torch.inference_mode()
-def _layers(args: argparse.Namespace, bench: Bench) -> Iterator[Row]:
+def _layers(args: argparse.Namespace, bench: Bench, deadline: float) -> Iterator[Row]:
     geometry, dtype = geometry_of(args.geometry), getattr(torch, args.dtype)
     for tokens, share in itertools.product(args.tokens, args.share):
         heads = f"{geometry.heads}/{geometry.kv_heads} heads of {geometry.head_dim}"
         name = f"{args.batch} x {tokens} tokens, {heads}, {args.dtype}, {share:.1%} attend"
+        if time.monotonic() > deadline:
+            yield skipped("zipvl attention", name, TIME_IS_OVER)
+            continue
         try:
             found = inputs_with(share, args.tau, args.batch, tokens, geometry, dtype, bench.device)
             yield from _layer(args, bench, name, found)
@@ -265,11 +277,14 @@ def _attention_alone(inputs: Inputs, bench: Bench) -> float:
 
 
 @torch.inference_mode()
-def _decoders(args: argparse.Namespace) -> Iterator[Row]:
+def _decoders(args: argparse.Namespace, deadline: float) -> Iterator[Row]:
     """Prefill of text: ZipVL asks no images of it. The share is given, as random weights attend to everything."""
     model = build_model(args.geometry, args.layers, getattr(torch, args.dtype), args.device)
     for tokens in args.tokens:
         case = f"{args.geometry}, {args.layers or GEOMETRIES[args.geometry][1]} layers, {args.batch} x {tokens} tokens"
+        if time.monotonic() > deadline:
+            yield skipped("zipvl", case, TIME_IS_OVER)
+            continue
         try:
             yield from _decoder(args, model, f"{case}, {args.dtype}", tokens)
         except Exception as error:
