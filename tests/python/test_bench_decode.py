@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightvlm import cli
-from lightvlm.bench import decode, decode_caches, decode_generate, memory
+from lightvlm.bench import decode, decode_caches, decode_generate, decode_steps, memory
 from lightvlm.bench.decode_caches import Candidate, Decoding, States, candidates
 from lightvlm.bench.decoder import build_model
 from torch import Tensor
@@ -70,6 +70,7 @@ def test_rows_are_complete(capsys: pytest.CaptureFixture[str]) -> None:
             math.isfinite(row[field]) and row[field] > 0 for field in ("seconds", "ratio", "bound_seconds")
         )
         assert ("packing_seconds" in row) == (row["bits"] != "16")
+        assert row["decoded_tokens"] == 1 + 3 * 2  # the one that is checked, and three rounds of two
     packed = [steps[f"lightvlm, {bits} bits"] for bits in ("8", "4", "4/2")]
     assert [row["kv_ratio"] for row in packed] == sorted(row["kv_ratio"] for row in packed)
     assert [row["kl"] for row in packed] == sorted(row["kl"] for row in packed)
@@ -141,7 +142,7 @@ def test_a_wrong_cache_is_found(model: Any) -> None:
 def test_a_wrong_candidate_is_bad_news(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(decode, "check", lambda *args: decode_caches.require(False, "all wrong"))
+    monkeypatch.setattr(decode_steps, "check", lambda *args: decode_caches.require(False, "all wrong"))
     words = ["--layers", "1", "--tokens", "300", "--batch", "1", "--rounds", "1", "--no-attention", "--json"]
     assert cli.main(["bench", "decode", *TINY, *words]) == 1
     said = capsys.readouterr()
@@ -167,12 +168,32 @@ def test_one_after_the_other_where_memory_is_short(monkeypatch: pytest.MonkeyPat
     room = {"together": 20 * dense, "alone": 4 * dense, "no packing": 3.7 * dense, "nothing": dense}
     found = {}
     for name, free in room.items():
-        monkeypatch.setattr(decode, "available", lambda device, free=free: free)
+        monkeypatch.setattr(decode_steps, "available", lambda device, free=free: free)
         found[name] = decode.run(arguments(*options))["rows"]
     assert [row["in_turns"] for row in found["together"]] == [True] * 3
     assert [row["in_turns"] for row in found["alone"]] == [False] * 3
     assert ["skipped" in row for row in found["no packing"]] == [False, False, True]
     assert [row["skipped"] for row in found["nothing"]] == ["needs more memory than there is"]
+
+
+def test_slow_steps_are_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_steps, "_SLOW", 0.0)
+    options = [
+        "--tokens",
+        "300",
+        "--batch",
+        "1",
+        "--rounds",
+        "6",
+        "--bits",
+        "8",
+        "--no-attention",
+        "--layers",
+        "1",
+    ]
+    rows = decode.run(arguments(*options, "--case-seconds", "1e-6"))["rows"]
+    assert [row["decoded_tokens"] for row in rows] == [1 + 3] * 3
+    assert [len(row["runs"]) for row in rows] == [3] * 3
 
 
 def test_packing_of_generated_tokens_is_timed_where_it_happens(model: Any) -> None:
@@ -275,6 +296,7 @@ def test_time_that_is_over_is_a_reason() -> None:
     ("options", "message"),
     [
         (("--rounds", "0"), "--rounds must be at least 1, got 0"),
+        (("--case-seconds", "0"), r"--case-seconds must be above 0, got 0\.0"),
         (("--seconds", "0"), r"--seconds must be above 0, got 0\.0"),
         (("--tokens", "512", "100"), "--tokens must be at least 256, got 100"),
         (("--batch", "0"), "--batch must be at least 1, got 0"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightvlm import cli, flops
-from lightvlm.bench import floors, sparse, sparse_inputs, timing
+from lightvlm.bench import decoder, floors, sparse, sparse_inputs, sparse_layers, timing
 from lightvlm.bench.decoder import build_model
 from lightvlm.bench.measure import Bench
 from lightvlm.bench.sparse_inputs import GivenShare, inputs_with, share_of
@@ -73,11 +73,11 @@ def test_rows_are_complete(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.85])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inputs_need_the_share_that_was_asked_for(share: float, dtype: torch.dtype) -> None:
-    found = inputs_with(share, 0.975, 2, 1500, sparse.geometry_of("tiny"), dtype, CPU)
+    found = inputs_with(share, 0.975, 2, 1500, decoder.geometry_of("tiny"), dtype, CPU)
     out = found.attend()
     assert out.shape == (2, 1500, 4, 32)
     assert share_of(found.chosen()) == pytest.approx(share, abs=0.02)
-    sparse.verify(found)
+    sparse_layers.verify(found)
 
 
 def test_a_given_share_is_the_method_s_but_for_the_count() -> None:
@@ -100,7 +100,7 @@ def test_a_given_share_is_the_method_s_but_for_the_count() -> None:
 
 
 def test_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = inputs_with(0.4, 0.975, 1, 600, sparse.geometry_of("tiny"), torch.float32, CPU)
+    found = inputs_with(0.4, 0.975, 1, 600, decoder.geometry_of("tiny"), torch.float32, CPU)
     right = found.attend()
     for change, message in (
         (right.roll(1, dims=1), "attention of chosen tokens is off by"),
@@ -108,14 +108,14 @@ def test_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(sparse_inputs.Inputs, "attend", lambda self, change=change: change)
         with pytest.raises(AssertionError, match=message):
-            sparse.verify(found)
+            sparse_layers.verify(found)
 
 
 def test_a_wrong_one_is_bad_news(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def wrong(inputs: Any) -> None:
         raise AssertionError("all\nwrong")
 
-    monkeypatch.setattr(sparse, "verify", wrong)
+    monkeypatch.setattr(sparse_layers, "verify", wrong)
     words = ["--geometry", "tiny", "--tokens", "512", "--rounds", "1", "--share", "0.5", "--json"]
     assert cli.main(["bench", "sparse", *words]) == 1
     said = capsys.readouterr()
@@ -129,8 +129,8 @@ def test_a_layer_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "MOST_CAPTURED", 2)
     known = floors.Known("test", 1e9, {torch.float32: 1e9})
     bench = Bench(CPU, timing.Effort(1), known, FakeDevice(RunningClock()), caches=("warm",))
-    found = inputs_with(0.4, 0.975, 1, 600, sparse.geometry_of("tiny"), torch.float32, CPU)
-    (row,) = sparse._layer(arguments(), bench, "a case", found)
+    found = inputs_with(0.4, 0.975, 1, 600, decoder.geometry_of("tiny"), torch.float32, CPU)
+    (row,) = sparse_layers._layer(arguments(), bench, "a case", found)
     assert row.keys() >= LAYER
     assert (row["mode"], row["cache"]) == ("graph", "warm")
 
@@ -139,13 +139,13 @@ def test_share_of_attention_is_that_of_the_model() -> None:
     adapter = find_adapter(build_model("tiny", None, torch.float32, "cpu"))
     whole = flops.prefill_flops(adapter, [[700]] * 4)
     linear = 2 * 700 * sum(flops.linear_weights(layer) for layer in adapter.layers)
-    assert sparse.attention_share("tiny", 700) == pytest.approx(1 - linear / whole)
+    assert sparse_layers.attention_share("tiny", 700) == pytest.approx(1 - linear / whole)
 
 
 def test_amdahl() -> None:
-    assert sparse.amdahl(1.0, 4.0) == 4.0
-    assert sparse.amdahl(0.5, 2.0) == pytest.approx(4 / 3)
-    assert sparse.amdahl(0.0, 9.0) == 1.0
+    assert sparse_layers.amdahl(1.0, 4.0) == 4.0
+    assert sparse_layers.amdahl(0.5, 2.0) == pytest.approx(4 / 3)
+    assert sparse_layers.amdahl(0.0, 9.0) == 1.0
 
 
 def test_time_that_is_over_is_a_reason() -> None:

@@ -20,10 +20,11 @@ from ..kl import divergence
 from ..methods.decode_compaction import DecodeCompaction
 from ..plan import Plan
 from ..trial import Clock, cache_bytes, put
+from .decode_steps import vocabulary
 from .decoder import GEOMETRIES, build_model
 from .isolate import Send, in_processes
-from .jobs import failed, skipped
-from .memory import in_use, is_out_of_memory, peak, reset_peak, storage_bytes
+from .jobs import failed, problem, skipped
+from .memory import in_use, peak, reset_peak, storage_bytes
 
 Row = dict[str, Any]
 _SILENCE = 6 * 3600.0  # seconds that an answer may take
@@ -97,8 +98,6 @@ class Answer:
 
 def run(args: argparse.Namespace) -> list[Row]:
     """The rows of all batches."""
-    from .decode import vocabulary
-
     settings = Settings(
         args.geometry, args.layers, vocabulary(args), args.dtype, args.device, args.threads,
         args.prompt_tokens, args.generate, min(args.generate, args.kl_tokens), args.decode_keep,
@@ -151,11 +150,7 @@ def work(settings: Settings, jobs: list[tuple[int, Answer]], send: Send) -> None
     try:
         send("row", number, _measured(settings, job))
     except Exception as error:  # one candidate's trouble is its row
-        if is_out_of_memory(error):
-            send("row", number, skipped("", "", "needs more memory than there is"))
-        else:
-            said = " ".join(str(error).split())[:500]
-            send("row", number, failed("", "", f"{type(error).__name__}: {said}"))
+        send("row", number, problem("", "", error))
     send("restart", number, None)
 
 

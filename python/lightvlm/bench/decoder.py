@@ -23,6 +23,7 @@ from ..methods import method_names
 from ..models import find_adapter
 from ..runtime import attach
 from . import levels
+from .cases._case import Geometry
 from .common import describe
 
 if TYPE_CHECKING:
@@ -51,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=5)
+
+
+def geometry_of(name: str) -> Geometry:
+    """A decoder's sizes, as cases want them."""
+    width, layers, heads, kv_heads, _ = GEOMETRIES[name]
+    return Geometry(width, layers, heads, kv_heads, width // heads)
 
 
 def build_model(
