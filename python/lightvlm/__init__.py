@@ -15,6 +15,7 @@ from lightvlm_ext._version import __version__
 
 if TYPE_CHECKING:
     from .cache import CompactCache
+    from .kl import Divergence, divergence
     from .methods import KVPrecision, LightVLM, Random, ZipVL, method, method_names
     from .plan import Plan
     from .report import Report
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CompactCache",
+    "Divergence",
     "KVPrecision",
     "LightVLM",
     "Plan",
@@ -31,6 +33,7 @@ __all__ = [
     "ZipVL",
     "__version__",
     "attach",
+    "divergence",
     "method",
     "method_names",
 ]
@@ -38,6 +41,7 @@ __all__ = [
 # Imported at first use: torch takes a second, transformers several, and `lightvlm --help` needs neither.
 _HOME = {
     "CompactCache": "cache",
+    "Divergence": "kl",
     "KVPrecision": "methods",
     "LightVLM": "methods",
     "Plan": "plan",
@@ -46,6 +50,7 @@ _HOME = {
     "Run": "runtime",
     "ZipVL": "methods",
     "attach": "runtime",
+    "divergence": "kl",
     "method": "methods",
     "method_names": "methods",
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from .stored_attention import attend_stored
 
 if TYPE_CHECKING:
     from .cache import CompactCache
+    from .kl import Divergence
 
 
 def attach(model: nn.Module, plan: Plan, *, trace: bool = False) -> Run:
@@ -134,6 +135,12 @@ class Run:
         config = adapter.decoder.config
         self._original: str = config._attn_implementation
         self._name = attention_hook.register(self._original)
+        self._divergence: Divergence | None = None
+        self._put_on()
+
+    def _put_on(self) -> None:
+        """Set the hooks that :meth:`detach` takes off."""
+        adapter = self._adapter
         self._handles = [
             adapter.model.register_forward_pre_hook(self._before_head, with_kwargs=True),
             adapter.base.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -143,7 +150,7 @@ class Run:
             self._handles.append(layer.register_forward_pre_hook(_LayerHook(self, index), with_kwargs=True))
         for attention in adapter.attentions:
             attention.__dict__["_lightvlm_run"] = self  # not a submodule, not a parameter
-        config._attn_implementation = self._name
+        adapter.decoder.config._attn_implementation = self._name
 
     # -- handle
     # ------------------------------------------------------------------------------------------------
@@ -177,7 +184,29 @@ class Run:
         from lightvlm_ext import device_errors
 
         self._stats.errors += device_errors()
-        return self._stats.report()
+        found = self._stats.report()
+        found.kl = self._divergence.summary() if self._divergence is not None else None
+        return found
+
+    def divergence(self, inputs: Mapping[str, Any], *, new_tokens: int = 64) -> Divergence:
+        """Measure the run's plan against the full model (see :func:`lightvlm.divergence`).
+
+        The run is off the model meanwhile, and another one is measured, so that nothing of this is counted in the
+        report but :attr:`Report.kl`, the last measure. Caches that the run filled can be gone on with afterwards.
+
+        Raises:
+            TypeError, ValueError: what is wrong with an argument, or that the run is detached.
+        """
+        from .kl import divergence
+
+        if not self.attached:
+            raise ValueError("the run is detached; use lightvlm.divergence(model, inputs, plan)")
+        self.detach()
+        try:
+            self._divergence = divergence(self._adapter.model, inputs, self.plan, new_tokens=new_tokens)
+        finally:
+            self._put_on()
+        return self._divergence
 
     # -- hooks
     # -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
         Method("random", Random, "baseline"),
-        Method("zipvl", ZipVL, "arXiv 2410.08584"),
+        Method("zipvl", ZipVL, "arXiv 2410.08584", knob="tau", levels=(0.975, 0.96)),
     )
 }
 

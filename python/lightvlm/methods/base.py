@@ -247,10 +247,19 @@ def check_keep(keep: float) -> None:
         raise ValueError(f"keep must be in (0, 1], got {keep}")
 
 
+KEEPS = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.06, 0.03)
+"""Shares that benchmarks try of methods that keep one."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """A registered method: its name, the function that makes its plan, and where it comes from."""
+    """A registered method: its name, the function that makes its plan, and where it comes from.
+
+    knob: the option that says how much is left to do.   levels: values of it that benchmarks try.
+    """
 
     name: str
     make: Callable[..., Plan]
     source: str
+    knob: str = "keep"
+    levels: tuple[float, ...] = KEEPS

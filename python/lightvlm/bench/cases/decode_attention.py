@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +32,11 @@ def cases(sizes: Sizes) -> Iterator[Case]:
             for batch in sizes.batches:
                 if on_cpu and batch * tokens > _LARGEST_ON_CPU:
                     continue
-                yield from _of_size(batch, tokens, model, geometry, sizes.device)
+                yield from of_size(batch, tokens, model, geometry, sizes.device)
 
 
-def _of_size(batch: int, tokens: int, model: str, geometry: Geometry, device: torch.device) -> Iterator[Case]:
+def of_size(batch: int, tokens: int, model: str, geometry: Geometry, device: torch.device) -> Iterator[Case]:
+    """The cases of one geometry, called ``model``."""
     key, value = (_stored(batch, tokens, geometry, device) for _ in range(2))
     query = torch.randn(batch, 1, geometry.heads, geometry.head_dim, device=device)
     if device.type == "cpu":
@@ -87,7 +90,7 @@ def _case(
         return ops.decode_attention(query, segments, mass=mass)
 
     def verify() -> None:
-        exact = _exactly(query, segments)
+        exact = exactly(query, segments)
         largest = exact.abs().max()
         fine = 1e-5 if query.dtype == torch.float32 else 1e-2
         require(bool((op()[0] - exact).abs().max() <= fine * largest), "decode_attention is wrong")
@@ -137,8 +140,11 @@ def _baselines(query: Tensor, key: Tensor, value: Tensor, with_mass: bool) -> di
     """Ways to the result from keys and values (B, Hkv, N, D), all as (B, Hkv, G, D) or of its size."""
     batch, _, heads, width = query.shape
     kv_heads, tokens = key.shape[1:3]
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     grouped = query.view(batch, kv_heads, heads // kv_heads, width)
     one_row = query.transpose(1, 2)
+    module: Any = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True)
     mass = torch.zeros(batch, kv_heads, tokens, device=query.device)
 
     def by_matmul() -> Tensor:
@@ -153,26 +159,31 @@ def _baselines(query: Tensor, key: Tensor, value: Tensor, with_mass: bool) -> di
     def grouped_query() -> Tensor:
         return F.scaled_dot_product_attention(one_row, key, value, enable_gqa=True)
 
+    def by_transformers() -> Tensor:
+        return sdpa_attention_forward(module, one_row, key, value, None, scaling=width**-0.5)[0]
+
     if with_mass:  # SDPA has no weights to give: they would have to be computed again
         return {"matmul, softmax, mean, matmul": by_matmul}
     return {
         "matmul, softmax, matmul": by_matmul,
         "SDPA, group as rows": packed,
         "SDPA, enable_gqa": grouped_query,
+        "SDPA as transformers calls it": by_transformers,
     }
 
 
-def _exactly(query: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """In float64, a batch row at a time."""
-    rows = [
+def exactly(query: Tensor, segments: Sequence[Segment], rows: Iterable[int] | None = None) -> Tensor:
+    """In float64, a batch row at a time; of all rows, or of these."""
+    asked = range(query.shape[0]) if rows is None else rows
+    found = [
         reference.decode_attention(query[b : b + 1].double(), [_row(one, b) for one in segments])[0]
-        for b in range(query.shape[0])
+        for b in asked
     ]
-    return torch.cat(rows)
+    return torch.cat(found)
 
 
 def _masses(query: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
-    """Of each segment, as _exactly."""
+    """Of each segment, as exactly()."""
     shares = []
     for b in range(query.shape[0]):
         rows = [_row(one, b) for one in segments]
