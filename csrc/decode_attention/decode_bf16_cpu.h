@@ -39,7 +39,7 @@ LIGHTVLM_TARGET_AVX512_BF16 LIGHTVLM_INLINE __m512 dot_bf16(__m512 sum, __m512i 
 template <int kHeads>
 LIGHTVLM_TARGET_AVX512_BF16 void score_bf16(const Span& span, Bf16Work* work, float* scores) {
     const __m512 unit = _mm512_set1_ps(span.unit);
-    RowsAhead ahead(span.value, span.value_stride, span.head_dim * 2);
+    RowsAhead ahead(span.value, span.head_dim * 2);
     for (int n = 0; n < span.tokens; n += 32) {
         transpose_rows(span, n, span.head_dim * 2, work->dwords);
         __m512 sums[kHeads][2];
@@ -69,7 +69,7 @@ LIGHTVLM_TARGET_AVX512_BF16 void score_bf16(const Span& span, Bf16Work* work, fl
 
 template <int kHeads>
 LIGHTVLM_TARGET_AVX512_BF16 void value_bf16(const Span& span, Bf16Work* work, float* out) {
-    RowsAhead ahead(span.key + span.tokens * span.key_stride, span.key_stride, span.head_dim * 2);
+    RowsAhead ahead(span.next_key, span.head_dim * 2);
     for (int64_t d = 0; d < span.channels; d += 32) {
         pair_rows(span, span.head_dim * 2, d / 16, work->pairs);
         __m512 sums[kHeads][2];

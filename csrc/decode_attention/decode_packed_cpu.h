@@ -152,7 +152,7 @@ template <int bits, int kHeads>
 LIGHTVLM_TARGET_AVX512_VNNI void score_span(const Span& span, const PackedQuery& query,
                                             uint32_t* dwords, float* scores) {
     const int64_t row_bytes = span.channels * bits / 8;
-    RowsAhead ahead(span.value, span.value_stride, row_bytes);
+    RowsAhead ahead(span.value, row_bytes);
     for (int n = 0; n < span.tokens; n += 32) {
         transpose_rows(span, n, row_bytes, dwords);
         score_tokens<bits, kHeads>(dwords, query, row_bytes / 4, &ahead, scores + n);
@@ -274,7 +274,7 @@ LIGHTVLM_TARGET_AVX512_VNNI void value_span(const Span& span, const PackedWeight
     constexpr int kCodes = kCodesPerWord<bits>;
     const int64_t row_bytes = span.channels * bits / 8;
     alignas(64) float sums[kHeads * kCodes * 16];
-    RowsAhead ahead(span.key + span.tokens * span.key_stride, span.key_stride, row_bytes);
+    RowsAhead ahead(span.next_key, row_bytes);
     for (int64_t c = 0; 32 * c < row_bytes; ++c) {
         if (c % 2 == 0) pair_rows(span, row_bytes, c, pairs);
         sum_codes<bits, kHeads, 0>(pairs + c % 2 * (kSpanTokens / 2), (span.tokens + 1) / 2,

@@ -26,7 +26,7 @@ LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void transpose_rows(const Span& span, int
         const char* row[16];
         for (int i = 0; i < 16; ++i) {
             const int n = begin + i < span.tokens ? begin + i : span.tokens - 1;
-            row[i] = span.key + n * span.key_stride;
+            row[i] = span.key[n];
         }
         uint32_t* to = dwords + (begin - first);
         for (int64_t at = 0; at < row_bytes; at += 16, to += 4 * 32) {
@@ -67,11 +67,11 @@ LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void pair_rows(const Span& span, int64_t 
         _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                            _mm512_set1_epi32(0x00010001)));
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    const char* row = span.value + 32 * c;
     for (int n = 0; n < span.tokens; n += 2) {
-        const __m512i even = _mm512_maskz_loadu_epi16(some, row + n * span.value_stride);
-        const __m512i odd = _mm512_maskz_loadu_epi16(n + 1 < span.tokens ? some : 0,
-                                                     row + (n + 1) * span.value_stride);
+        const bool both = n + 1 < span.tokens;
+        const __m512i even = _mm512_maskz_loadu_epi16(some, span.value[n] + 32 * c);
+        const __m512i odd =
+            _mm512_maskz_loadu_epi16(both ? some : 0, span.value[both ? n + 1 : n] + 32 * c);
         _mm512_store_si512(pairs + n / 2, _mm512_permutex2var_epi16(even, low, odd));
         if (words <= 16) continue;
         _mm512_store_si512(pairs + (kSpanTokens + n) / 2,

@@ -25,6 +25,23 @@ constexpr int kMaxChannels = 256;
 // Numbers between the scores of two heads. They are written up to 31 tokens past the span.
 constexpr int kScorePitch = kSpanTokens + 32;
 
+// Keys or values of a span: rows at a stride, or in pages. Those are looked up by groups: the first
+// token is the `first`-th of groups[0], each later group begins with its first row.
+struct SpanRows {
+    const char* data;  // the first token's, where not in pages
+    int64_t stride;    // in bytes
+    const char* const* groups = nullptr;
+    int first = 0;
+
+    LIGHTVLM_INLINE const char* operator[](int n) const {
+        if (groups == nullptr) return data + n * stride;
+        const int row = first + n;
+        return groups[row / kGroup] + row % kGroup * stride;
+    }
+
+    static constexpr int kGroup = static_cast<int>(kDecodePageGroup);
+};
+
 struct Span {
     KVFormat format;
     int bits;  // of a code; packed formats only
@@ -34,11 +51,9 @@ struct Span {
     int64_t channels;  // head_dim rounded up to kPackedChannelMultiple
     float unit;
 
-    // Of the first token; strides in bytes.
-    const char* key;
-    const char* value;
-    int64_t key_stride;
-    int64_t value_stride;
+    SpanRows key;
+    SpanRows value;
+    SpanRows next_key;  // of the tokens that come next
 
     // Packed formats only.
     const float* key_scale;
@@ -65,8 +80,14 @@ struct alignas(64) SpanScratch {
 // span's values, values the keys that come next. Addresses may lie outside the tensor.
 class RowsAhead {
   public:
-    LIGHTVLM_INLINE RowsAhead(const char* rows, int64_t stride, int64_t row_bytes)
-        : row_(rows), stride_(stride), row_bytes_(stride == row_bytes ? INT64_MAX : row_bytes) {}
+    LIGHTVLM_INLINE RowsAhead(const SpanRows& rows, int64_t row_bytes)
+        : row_(rows[0]), stride_(rows.stride), row_bytes_(row_bytes), groups_(rows.groups) {
+        if (groups_ != nullptr) {
+            left_ = SpanRows::kGroup - rows.first;
+        } else if (stride_ == row_bytes_) {
+            row_bytes_ = INT64_MAX;
+        }
+    }
 
     LIGHTVLM_INLINE void step() {
         __builtin_prefetch(row_ + at_, 0, 2);
@@ -74,12 +95,19 @@ class RowsAhead {
         const bool ends = at_ >= row_bytes_;
         row_ += ends ? stride_ : 0;
         at_ = ends ? 0 : at_;
+        left_ -= ends ? 1 : 0;
+        if (left_ == 0) {
+            row_ = *++groups_;
+            left_ = SpanRows::kGroup;
+        }
     }
 
   private:
     const char* row_;
     int64_t stride_;
     int64_t row_bytes_;
+    const char* const* groups_;
+    int64_t left_ = INT64_MAX;  // rows of the group
     int64_t at_ = 0;
 };
 
