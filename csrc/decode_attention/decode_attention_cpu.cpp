@@ -243,6 +243,7 @@ class Decoder {
         span.bits = is_packed(segment.format) ? packed_bits(segment.format) : 0;
         span.heads = static_cast<int>(heads);
         span.head_dim = params_.head_dim;
+        span.in_pages = segment.paged();
         span.channels = layout_.channels;
         span.unit = params_.scale * kLog2E;
         span.value_token_stride = segment.value_token_token_stride;
@@ -255,17 +256,16 @@ class Decoder {
         span->tokens = static_cast<int>(tokens.end - tokens.begin);
         if (pages != nullptr) return pages->set(tokens.begin, tokens.end, span);
         const int64_t size = element_bytes(segment.format);
-        span->key = {static_cast<const char*>(segment.key) +
-                         (b * segment.key_batch_stride + kv * segment.key_head_stride +
-                          tokens.begin * segment.key_token_stride) *
-                             size,
-                     segment.key_token_stride * size};
-        span->value = {static_cast<const char*>(segment.value) +
-                           (b * segment.value_batch_stride + kv * segment.value_head_stride +
-                            tokens.begin * segment.value_token_stride) *
-                               size,
-                       segment.value_token_stride * size};
-        span->next_key = {span->key[span->tokens], span->key.stride};
+        const auto rows_at = [&](const void* data, int64_t batch, int64_t head, int64_t token) {
+            return StridedRows{static_cast<const char*>(data) +
+                                   (b * batch + kv * head + tokens.begin * token) * size,
+                               token * size};
+        };
+        span->strided.key = rows_at(segment.key, segment.key_batch_stride, segment.key_head_stride,
+                                    segment.key_token_stride);
+        span->strided.value = rows_at(segment.value, segment.value_batch_stride,
+                                      segment.value_head_stride, segment.value_token_stride);
+        span->strided.next_key = {span->strided.key[span->tokens], span->strided.key.stride};
         if (!is_packed(segment.format)) return;
         const int64_t block =
             (b * params_.key_heads + kv) * segment.blocks + tokens.begin / segment.block;

@@ -1,5 +1,5 @@
-// Where the tokens of a span in pages lie: a look at the table for each page, addresses for each
-// group of tokens.
+// Where the tokens of a span in pages lie: an address for each row, a look at the table for each
+// page.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace lightvlm::decode_detail {
 
-// What the tables have outside [0, pages) for the valid tokens [begin, end) of row b: its block, or
+// The first block of row b with a page outside [0, pages) that the valid tokens [begin, end) need;
 // -1 if there is none.
 inline int64_t bad_block(const KVSegmentParams& segment, int64_t b, int64_t begin, int64_t end) {
     if (begin >= end) return -1;
@@ -21,12 +21,12 @@ inline int64_t bad_block(const KVSegmentParams& segment, int64_t b, int64_t begi
     return -1;
 }
 
+// The spans of one batch row and key/value head, from first to last.
 class SpanPages {
   public:
-    // Of key/value head kv and batch row b, whose valid tokens end at row_end; size: bytes of an
-    // element.
+    // row_end: where the row's valid tokens end.   size: bytes of an element.
     SpanPages(const KVSegmentParams& segment, int64_t b, int64_t kv, int64_t row_end, int64_t size)
-        : segment_(segment),
+        : page_size_(segment.page_size),
           table_(segment.block_table + b * segment.block_table_stride),
           row_end_(row_end),
           key_{static_cast<const char*>(segment.key) + kv * segment.key_head_stride * size,
@@ -36,17 +36,22 @@ class SpanPages {
 
     // Tokens [begin, end) become the span's; its rows hold until the next call.
     void set(int64_t begin, int64_t end, Span* span) {
-        span->key = find(key_, begin, end, key_groups_);
-        span->value = find(value_, begin, end, value_groups_);
-        const int64_t next = std::min(end + kSpanTokens, row_end_);
-        // Nothing to fetch after the last: what has been read will do.
-        span->next_key = next > end ? find(key_, end, next, next_groups_) : span->key;
+        if (begin == next_begin_) {
+            std::swap(key_rows_, next_rows_);
+        } else {
+            list(key_, begin, end, key_rows_);
+        }
+        list(value_, begin, end, value_rows_);
+        const int64_t next_end = std::min(end + kSpanTokens, row_end_);
+        next_begin_ = next_end > end ? end : -1;
+        if (next_end > end) list(key_, end, next_end, next_rows_);
+        // After the last span there is nothing to fetch: what has just been read will do.
+        const char* const* next = next_end > end ? next_rows_ : key_rows_;
+        span->listed = {{key_rows_}, {value_rows_}, {next}};
     }
 
   private:
-    static constexpr int kGroup = SpanRows::kGroup;
-    // Of a span, and two for what RowsAhead fetches beyond it.
-    static constexpr int kGroups = kSpanTokens / kGroup + 3;
+    static constexpr int kRows = kSpanTokens + kRowsPast;
 
     struct Pages {
         const char* data;
@@ -54,32 +59,31 @@ class SpanPages {
         int64_t token_stride;
     };
 
-    SpanRows find(const Pages& pages, int64_t begin, int64_t end, const char** groups) const {
-        const int64_t first = begin / kGroup * kGroup;
-        int64_t block = first / segment_.page_size;
-        int64_t slot = first % segment_.page_size;
-        int count = 0;
-        for (int64_t n = first; n < end; n += kGroup) {
-            groups[count++] =
+    void list(const Pages& pages, int64_t begin, int64_t end, const char** rows) const {
+        const char** to = rows;
+        int64_t block = begin / page_size_;
+        int64_t slot = begin - block * page_size_;
+        for (int64_t left = end - begin; left > 0; ++block, slot = 0) {
+            const int64_t count = std::min(left, page_size_ - slot);
+            const char* row =
                 pages.data + table_[block] * pages.page_stride + slot * pages.token_stride;
-            slot += kGroup;
-            if (slot == segment_.page_size) {
-                slot = 0;
-                ++block;
-            }
+            for (int64_t i = 0; i < count; ++i) to[i] = row + i * pages.token_stride;
+            to += count;
+            left -= count;
         }
-        std::fill(groups + count, groups + kGroups, groups[count - 1]);
-        return {nullptr, pages.token_stride, groups, static_cast<int>(begin - first)};
+        std::fill(to, rows + kRows, to[-1]);
     }
 
-    const KVSegmentParams& segment_;
+    int64_t page_size_;
     const int32_t* table_;
     int64_t row_end_;
+    int64_t next_begin_ = -1;  // of what next_rows_ holds
     Pages key_;
     Pages value_;
-    const char* key_groups_[kGroups];
-    const char* value_groups_[kGroups];
-    const char* next_groups_[kGroups];
+    const char* rows_[3][kRows];
+    const char** key_rows_ = rows_[0];
+    const char** value_rows_ = rows_[1];
+    const char** next_rows_ = rows_[2];
 };
 
 }  // namespace lightvlm::decode_detail

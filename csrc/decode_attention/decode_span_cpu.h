@@ -25,21 +25,26 @@ constexpr int kMaxChannels = 256;
 // Numbers between the scores of two heads. They are written up to 31 tokens past the span.
 constexpr int kScorePitch = kSpanTokens + 32;
 
-// Keys or values of a span: rows at a stride, or in pages. Those are looked up by groups: the first
-// token is the `first`-th of groups[0], each later group begins with its first row.
+// Rows of tokens at a stride, in bytes.
+struct StridedRows {
+    const char* data;
+    int64_t stride;
+
+    LIGHTVLM_INLINE const char* operator[](int n) const { return data + n * stride; }
+};
+
+// Rows in pages, each with an address of its own.
+struct ListedRows {
+    const char* const* row;
+
+    LIGHTVLM_INLINE const char* operator[](int n) const { return row[n]; }
+};
+
+template <typename Rows>
 struct SpanRows {
-    const char* data;  // the first token's, where not in pages
-    int64_t stride;    // in bytes
-    const char* const* groups = nullptr;
-    int first = 0;
-
-    LIGHTVLM_INLINE const char* operator[](int n) const {
-        if (groups == nullptr) return data + n * stride;
-        const int row = first + n;
-        return groups[row / kGroup] + row % kGroup * stride;
-    }
-
-    static constexpr int kGroup = static_cast<int>(kDecodePageGroup);
+    Rows key;
+    Rows value;
+    Rows next_key;  // of the tokens that come next, as many; they are fetched, not read
 };
 
 struct Span {
@@ -51,9 +56,9 @@ struct Span {
     int64_t channels;  // head_dim rounded up to kPackedChannelMultiple
     float unit;
 
-    SpanRows key;
-    SpanRows value;
-    SpanRows next_key;  // of the tokens that come next
+    bool in_pages;  // dense formats only; says which of the two there is
+    SpanRows<StridedRows> strided;
+    SpanRows<ListedRows> listed;
 
     // Packed formats only.
     const float* key_scale;
@@ -61,6 +66,13 @@ struct Span {
     const float* value_channel;
     const uint16_t* value_token;
     int64_t value_token_stride;  // in numbers
+
+    LIGHTVLM_INLINE const char* key_row(int n) const {
+        return in_pages ? listed.key[n] : strided.key[n];
+    }
+    LIGHTVLM_INLINE const char* value_row(int n) const {
+        return in_pages ? listed.value[n] : strided.value[n];
+    }
 };
 
 // What one thread needs. Rows of heads: scores[h * kScorePitch + n], out[h * kMaxChannels + d].
@@ -78,16 +90,16 @@ struct alignas(64) SpanScratch {
 
 // Fetches a line of rows at each step, so that memory works while sums are made: scores fetch the
 // span's values, values the keys that come next. Addresses may lie outside the tensor.
-class RowsAhead {
+template <typename Rows>
+class RowsAhead;
+
+template <>
+class RowsAhead<StridedRows> {
   public:
-    LIGHTVLM_INLINE RowsAhead(const SpanRows& rows, int64_t row_bytes)
-        : row_(rows[0]), stride_(rows.stride), row_bytes_(row_bytes), groups_(rows.groups) {
-        if (groups_ != nullptr) {
-            left_ = SpanRows::kGroup - rows.first;
-        } else if (stride_ == row_bytes_) {
-            row_bytes_ = INT64_MAX;
-        }
-    }
+    LIGHTVLM_INLINE RowsAhead(const StridedRows& rows, int64_t row_bytes)
+        : row_(rows.data),
+          stride_(rows.stride),
+          row_bytes_(stride_ == row_bytes ? INT64_MAX : row_bytes) {}
 
     LIGHTVLM_INLINE void step() {
         __builtin_prefetch(row_ + at_, 0, 2);
@@ -95,19 +107,35 @@ class RowsAhead {
         const bool ends = at_ >= row_bytes_;
         row_ += ends ? stride_ : 0;
         at_ = ends ? 0 : at_;
-        left_ -= ends ? 1 : 0;
-        if (left_ == 0) {
-            row_ = *++groups_;
-            left_ = SpanRows::kGroup;
-        }
     }
 
   private:
     const char* row_;
     int64_t stride_;
     int64_t row_bytes_;
-    const char* const* groups_;
-    int64_t left_ = INT64_MAX;  // rows of the group
+    int64_t at_ = 0;
+};
+
+// Lists go on for kRowsPast entries after the span's last.
+constexpr int kRowsPast = 32;
+
+template <>
+class RowsAhead<ListedRows> {
+  public:
+    LIGHTVLM_INLINE RowsAhead(const ListedRows& rows, int64_t row_bytes)
+        : row_(rows.row), row_bytes_(row_bytes) {}
+
+    LIGHTVLM_INLINE void step() {
+        __builtin_prefetch(*row_ + at_, 0, 2);
+        at_ += 64;
+        const bool ends = at_ >= row_bytes_;
+        row_ += ends ? 1 : 0;
+        at_ = ends ? 0 : at_;
+    }
+
+  private:
+    const char* const* row_;
+    int64_t row_bytes_;
     int64_t at_ = 0;
 };
 
