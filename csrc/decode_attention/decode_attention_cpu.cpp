@@ -172,6 +172,13 @@ class Decoder {
   public:
     explicit Decoder(const DecodeAttentionParams& params) : params_(params), layout_(params) {
         tiles_ = (layout_.group + kHeadTile - 1) / kHeadTile;
+        int64_t most = 0;
+        for (int64_t s = 0; s < params.segments; ++s) {
+            const KVSegmentParams& segment = params.segment[s];
+            if (segment.tokens <= most) continue;
+            most = segment.tokens;
+            heads_beside_ = segment.key_head_stride < segment.key_token_stride;
+        }
     }
 
     void run() {
@@ -293,8 +300,11 @@ class Decoder {
 
     void attend(int64_t item) const {
         const int64_t tile = item % tiles_;
-        const int64_t slot = item / tiles_ % layout_.slots;
-        const int64_t head = item / tiles_ / layout_.slots;
+        const int64_t rest = item / tiles_;
+        const int64_t heads_inside = heads_beside_ ? params_.key_heads : 1;
+        const int64_t slot = rest / heads_inside % layout_.slots;
+        const int64_t head =
+            rest / heads_inside / layout_.slots * heads_inside + rest % heads_inside;
         const int64_t b = round_.begin + head / params_.key_heads;
         const int64_t kv = head % params_.key_heads;
         const int64_t s = segment_of(slot);
@@ -422,6 +432,9 @@ class Decoder {
     const DecodeAttentionParams& params_;
     Layout layout_;
     int64_t tiles_;
+    // Whether most tokens have their heads side by side: then these are an item after the other, as
+    // they share lines of memory pages.
+    bool heads_beside_ = false;
     TokenRange round_{0, 0};  // batch rows
 };
 

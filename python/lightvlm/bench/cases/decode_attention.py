@@ -141,13 +141,13 @@ def _in_pages(
     key_pages, value_pages = (_paged(one, table, size) for one in (key, value))
     segment = KVSegment(key_pages, value_pages, lens, block_table=table)
     piece = KVSegment(key, value)
-    heads_first = (batch, geometry.kv_heads, tokens, geometry.head_dim)
-    room = [torch.empty(heads_first, dtype=key.dtype, device=key.device) for _ in range(2)]
+    room = [torch.empty_like(key_pages) for _ in range(2)]
+    gathered = [one.view(batch, blocks * size, *one.shape[2:])[:, :tokens].transpose(1, 2) for one in room]
     dense = _case(_name("16", batch, tokens, model, geometry), query, [piece], "16", None)
 
     def gather() -> None:
         for pages, to in zip((key_pages, value_pages), room, strict=True):
-            to.copy_(pages[table.long()].flatten(1, 2)[:, :tokens].transpose(1, 2))
+            torch.index_select(pages, 0, table.flatten(), out=to)
 
     def after_gather(attend: Callable[[], object]) -> Callable[[], object]:
         def both() -> object:
@@ -162,11 +162,11 @@ def _in_pages(
     def verify() -> None:
         dense.verify()
         gather()
-        require(torch.equal(room[0].transpose(1, 2), key), "the pages hold something else")
+        require(torch.equal(gathered[0].transpose(1, 2), key), "the pages hold something else")
         difference = (op()[0].float() - ops.decode_attention(query, [piece])[0].float()).abs().max()
         require(bool(difference <= 1e-2), "decode_attention over pages is wrong")
 
-    ways = _baselines(query, room[0], room[1], False)
+    ways = _baselines(query, gathered[0], gathered[1], False)
     return dataclasses.replace(
         dense,
         name=f"{dense.name}, pages of {size}",
