@@ -172,13 +172,10 @@ class Decoder {
   public:
     explicit Decoder(const DecodeAttentionParams& params) : params_(params), layout_(params) {
         tiles_ = (layout_.group + kHeadTile - 1) / kHeadTile;
-        int64_t most = 0;
-        for (int64_t s = 0; s < params.segments; ++s) {
-            const KVSegmentParams& segment = params.segment[s];
-            if (segment.tokens <= most) continue;
-            most = segment.tokens;
-            heads_beside_ = segment.key_head_stride < segment.key_token_stride;
-        }
+        const KVSegmentParams* end = params.segment + params.segments;
+        const KVSegmentParams* largest = std::max_element(
+            params.segment, end, [](const auto& a, const auto& b) { return a.tokens < b.tokens; });
+        heads_beside_ = largest != end && largest->key_head_stride < largest->key_token_stride;
     }
 
     void run() {
@@ -432,8 +429,8 @@ class Decoder {
     const DecodeAttentionParams& params_;
     Layout layout_;
     int64_t tiles_;
-    // Whether most tokens have their heads side by side: then these are an item after the other, as
-    // they share lines of memory pages.
+    // Whether the largest segment has its heads side by side: then these are items that follow each
+    // other, as they share memory pages.
     bool heads_beside_ = false;
     TokenRange round_{0, 0};  // batch rows
 };

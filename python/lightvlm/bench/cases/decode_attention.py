@@ -45,12 +45,7 @@ def _of_size(batch: int, tokens: int, model: str, geometry: Geometry, device: to
         yield _in_pages(size, tokens, model, geometry, query.bfloat16(), key, value)
     for bits in ("16", "8", "4", "4/2"):
         segments = _segments(key, value, bits)
-        mass = [
-            torch.zeros(batch, geometry.kv_heads, one.tokens, device=device)
-            if isinstance(one, PackedKV)
-            else torch.zeros(batch, geometry.kv_heads, one.key.shape[1], device=device)
-            for one in segments
-        ]
+        mass = [torch.zeros(batch, geometry.kv_heads, one.tokens, device=device) for one in segments]
         name = _name(bits, batch, tokens, model, geometry)
         yield _case(name, query.bfloat16(), segments, bits, None)
         yield _case(f"{name}, with mass", query.bfloat16(), segments, bits, mass)
