@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lightvlm_ext.ops import Selection
 
     from .runtime import Run
+    from .transcript import Transcript
 
 
 class CompactCache(Cache):
@@ -74,6 +75,7 @@ class CompactCache(Cache):
         self._has_own_plan = plan is not None
         self._set_plan(plan if plan is not None else Plan())
         self.run: weakref.ref[Run] | None = None
+        self.transcript: Transcript | None = None
         self.leftpad: list[int] = []
         self.since_compaction = 0
 
@@ -156,6 +158,8 @@ class CompactCache(Cache):
         )
         for layer, (_, _, kept) in moves:
             layer.compacted(kept, policy.recent)
+        if self.transcript is not None:
+            self.transcript.dropped = True
 
     def pack_prompt(self, selections: dict[int, Selection] | None) -> None:
         """Store the prompt just read in the bits that the plan says.
@@ -190,6 +194,8 @@ class CompactCache(Cache):
         layer, or raise a ValueError and change none."""
         removed = min(layer.check_crop(tokens_to_remove) for layer in self.layers)
         super().crop(removed)
+        if self.transcript is not None:
+            self.transcript.follow(self.get_seq_length())
         self.since_compaction = max(0, self.since_compaction + removed)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -209,10 +215,13 @@ class CompactCache(Cache):
             layer.batch_select_indices(indices, rows)
         if self.leftpad:
             self.leftpad = [self.leftpad[row] for row in rows]
+        if self.transcript is not None:
+            self.transcript.select_rows(indices)
 
     def reset(self) -> None:
         super().reset()
         self.leftpad, self.since_compaction = [], 0
+        self.transcript = None
 
     def shrink(self) -> None:
         """Give free rows of the buffers back to the allocator (buffers move; not with a fixed capacity)."""

@@ -24,6 +24,9 @@ class Report:
         kv_bytes_used: bytes of valid keys and values after the last step.
         kv_bytes_allocated: bytes of the buffers that hold them.
         kv_bytes_full: bytes that the uncompressed cache would use at that length.
+        reread: times that a later question had a conversation read anew (its rows are among prefills, its time in
+            "prefill").
+        later_bytes: bytes kept for that after the last step, on the host or the device.
         seconds: per phase ("prefill", "decode"); the model's time, images included, without the language-model head.
         op_calls, op_seconds: per op; on a GPU seconds are left out, because measuring them would synchronise.
         compactions: times the cache was compacted while decoding.
@@ -42,6 +45,8 @@ class Report:
     kv_bytes_used: int = 0
     kv_bytes_allocated: int = 0
     kv_bytes_full: int = 0
+    reread: int = 0
+    later_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     op_calls: dict[str, int] = field(default_factory=dict)
     op_seconds: dict[str, float] = field(default_factory=dict)
@@ -68,6 +73,7 @@ class Report:
             ("KV cache", f"{_bytes(self.kv_bytes_used)} used, {_bytes(self.kv_bytes_allocated)} allocated, "
                          f"{_bytes(self.kv_bytes_full)} if nothing were removed"),
             ("compactions while decoding", f"{self.compactions}"),
+            ("read anew for later questions", f"{self.reread}x, {_bytes(self.later_bytes)} kept for it"),
         ]  # fmt: skip
         rows += [(f"{phase} time", f"{seconds * 1e3:.1f} ms") for phase, seconds in self.seconds.items()]
         for name, calls in sorted(self.op_calls.items()):

@@ -21,7 +21,8 @@ from lightvlm_ext._kv import PACKED_HEAD_DIMS
 
 from . import attention_hook
 from .flops import head_width
-from .layout import BatchLayout, LayoutError, read_layout
+from .later import Call
+from .layout import TEXT, BatchLayout, LayoutError, read_layout
 from .methods.base import AttentionPart, PrecisionPart, PrefillPart
 from .models import find_adapter
 from .models.base import Adapter
@@ -30,6 +31,7 @@ from .report import Report
 from .session import Prefill
 from .sparse_attention import SparsePrefill
 from .statistics import Statistics, Timer
+from .transcript import Transcript
 
 if TYPE_CHECKING:
     from .cache import CompactCache
@@ -51,7 +53,9 @@ def attach(model: nn.Module, plan: Plan, *, trace: bool = False) -> Run:
         the cache to go on with; an empty ``DynamicCache`` that was passed becomes it. Where the logits of the
         last k > 1 tokens are asked for (``logits_to_keep=k``), those after the first of them are answers to be
         rated or drafts to be verified, and have no say in which image tokens stay.
-        In chunked prefill (``prefill_chunk_size``) only the first chunk is reduced, as a prompt of its own. Eager
+        In chunked prefill (``prefill_chunk_size``) only the first chunk is reduced, as a prompt of its own. Several
+        tokens on a filled cache are a later question: where tokens were dropped, the conversation is read anew with
+        it, unless the plan's ``keep_for_later`` is "drop" (docs/multi-turn.md); one token alone is decoding. Eager
         attention returns its weights for the layers before the first stage.
 
     Raises:
@@ -115,6 +119,8 @@ class Run:
         self._layout: BatchLayout | None = None
         self._prompt = False
         self._drafts = 0
+        self._one_logit = False
+        self._call: Call | None = None
         self._timer: Timer | None = None
         self._stats = Statistics(adapter)
         self._observe = observe
@@ -128,6 +134,7 @@ class Run:
             adapter.model.register_forward_pre_hook(self._before_head, with_kwargs=True),
             adapter.base.register_forward_pre_hook(self._before_model, with_kwargs=True),
             adapter.base.register_forward_hook(self._after_model, always_call=True),
+            adapter.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
         ]
         for index, layer in enumerate(adapter.layers):
             self._handles.append(layer.register_forward_pre_hook(_LayerHook(self, index), with_kwargs=True))
@@ -180,11 +187,13 @@ class Run:
             raise ValueError("labels cannot be used while a plan shortens the sequence; detach the run first")
         wanted = kwargs.get("logits_to_keep")
         self._drafts = max(0, wanted - 1) if isinstance(wanted, int) else 0
+        self._one_logit = isinstance(wanted, int) and wanted == 1
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = self._signature.bind(*args, **kwargs).arguments
         inputs.update(inputs.pop("kwargs", {}))
         drafts, self._drafts = self._drafts, 0
+        one_logit, self._one_logit = self._one_logit, False
         self._forget()
         current = self._adapter.decoder.config._attn_implementation
         if current != self._name:
@@ -193,25 +202,84 @@ class Run:
             )
         self._timer = Timer(next(module.parameters()).device)
         cache = inputs.get("past_key_values")
+        said = getattr(cache, "transcript", None)
+        if said is not None and said.unfinished:
+            raise ValueError(
+                "past_key_values is a cache whose conversation was being read anew when a call failed; reset it"
+            )
         if cache is not None and cache.get_seq_length() > 0:
-            self._continue(cache, inputs)
+            self._continue(cache, inputs, drafts, one_logit)
         else:
-            self._begin(cache, inputs, drafts)
+            self._begin(cache, inputs, drafts, one_logit)
         self._observer = self._observe(self._stats.add_op)
         self._observer.__enter__()
         return (), inputs
 
-    def _continue(self, cache: Any, inputs: dict[str, Any]) -> None:
-        """More tokens on a filled cache: they are all appended, and image tokens among them are not reduced."""
+    def _continue(self, cache: Any, inputs: dict[str, Any], drafts: int, one_logit: bool) -> None:
+        """More tokens on a filled cache: they are all appended, and image tokens among them are not reduced, unless
+        they are a question to what was dropped."""
         if _is_compact(cache) and cache.leftpad:
             if cache.ragged:
                 _check_new_tokens(inputs)
             cache.run = weakref.ref(self)
             self._cache = cache
+            if cache.transcript is not None and self._read_anew(cache, inputs, drafts, one_logit):
+                return
         if self._reduces and self._adapter.has_pixels(inputs):
-            self._stats.step_aside("an image arrived on a cache that already holds tokens")
+            self._stats.step_aside(
+                "an image arrived on a cache that already holds tokens; nothing was read anew"
+            )
 
-    def _begin(self, cache: Any, inputs: dict[str, Any], drafts: int) -> None:
+    def _read_anew(self, cache: CompactCache, inputs: dict[str, Any], drafts: int, one_logit: bool) -> bool:
+        """Have the conversation read anew if these tokens are a question to a cache that lacks some of it."""
+        said = cache.transcript
+        assert said is not None
+        tokens = _tokens(inputs)
+        if tokens is None:
+            return False
+        new = tokens.shape[1]
+        said.follow(cache.get_seq_length())
+        images = self._adapter.has_pixels(inputs)
+        self._call = Call(said, inputs.get("input_ids"), images)
+        turn = said.is_turn(inputs, new, drafts, one_logit) and said.dropped
+        if not cache.ragged:
+            said.note_mask(inputs.get("attention_mask"), new)
+        kinds = None
+        if said.obstacle is None and (images or turn):
+            try:
+                kinds = self._new_kinds(inputs, images)
+            except LayoutError as error:
+                said.obstacle = f"the conversation cannot be read anew: {error}"
+        if not turn:
+            if kinds is not None:
+                said.add_kinds(kinds)
+            return False
+        obstacle, capacity = said.obstacle, cache.layers[0].capacity
+        if obstacle is None and said.has_holes():
+            obstacle = "the conversation cannot be read anew: there was padding among later tokens"
+        if obstacle is None and capacity is not None and capacity < said.length + new:
+            obstacle = f"the cache's capacity ({capacity}) is too small to read the conversation anew"
+        if obstacle is not None or kinds is None:
+            self._stats.step_aside(obstacle or "")
+            return False
+        if len(tokens) != said.batch_size:
+            raise ValueError(f"the call has {len(tokens)} rows, the cache has {said.batch_size}")
+        said.add_kinds(kinds)
+        self._prompt, self.kept = True, {}
+        self._layout = self._call.anew = layout = said.layout()
+        self._prefill = self._plan_prefill(layout, inputs, drafts)
+        self._sparse = self._plan_sparse(layout, inputs, drafts)
+        return True
+
+    def _new_kinds(self, inputs: dict[str, Any], images: bool) -> Tensor:
+        """Kinds of the new tokens of a filled cache; the device is asked only where images are among them."""
+        tokens = _tokens(inputs)
+        assert tokens is not None
+        if not images:
+            return torch.full(tokens.shape[:2], TEXT, dtype=torch.int32)
+        return self._read_layout(inputs, None).codes
+
+    def _begin(self, cache: Any, inputs: dict[str, Any], drafts: int, one_logit: bool) -> None:
         """A prompt on an empty cache: plan its reduction and put a CompactCache in the place of a dynamic one."""
         self._prompt = True
         self.kept = {}
@@ -239,7 +307,14 @@ class Run:
         parts = self.plan.cache is not None or self.plan.precision is not None
         needed = self._prefill is not None or parts or drops
         if _is_compact(cache) or (needed and (use_cache or cache is not None)):
-            self._cache = inputs["past_key_values"] = self._own_cache(cache, self._layout)
+            self._cache = own = inputs["past_key_values"] = self._own_cache(cache, self._layout)
+            own.transcript = None
+            if self._reduces or drops or own.plan.cache is not None:
+                own.transcript = Transcript(self.plan.keep_for_later)
+                own.transcript.begin_call(inputs, one_logit)
+                own.transcript.add_kinds(self._layout.codes)
+                images = self._adapter.has_pixels(inputs)
+                self._call = Call(own.transcript, inputs.get("input_ids"), images)
         return None
 
     def _step_aside(self, reason: str) -> None:
@@ -296,6 +371,11 @@ class Run:
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         return SparsePrefill(part, layout, tokens.device, drafts)
 
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._call is None or self._cache is None:
+            return None
+        return self._call.enter(self, self._cache, module, args, kwargs)
+
     def _before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._prefill is None:
             return None
@@ -345,10 +425,13 @@ class Run:
             layer.remember_queries(query.transpose(1, 2), scale)
         return out, weights
 
-    def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
         try:
             if output is not None:  # None: the forward raised
                 self._finish(output)
+                if self._call is not None and self._call.anew is not None:
+                    return self._call.leave(output, self._prefill)
+            return None
         finally:
             self._forget()
 
@@ -366,11 +449,17 @@ class Run:
                 cache.keep_only(self._sparse.selections, self._sparse.tail)
         if self._prompt and cache is not None:
             cache.pack_prompt(self._sparse.selections if self._sparse is not None else None)
+        if self._call is not None:
+            said, anew = self._call.transcript, self._call.anew is not None
+            if self._prompt:
+                drops = self._sparse is not None and self._sparse.part.unimportant == "drop"
+                said.dropped = self._prefill is not None or drops
+            self._stats.add_later(anew, said.nbytes)
         self._stats.add_cache(cache if cache is not None else getattr(output, "past_key_values", None))
 
     def _forget(self) -> None:
         """Drop what belongs to one call of the model, also where the call before did not get to its end."""
-        self._prefill = self._sparse = self._layout = self._cache = None
+        self._prefill = self._sparse = self._layout = self._cache = self._call = None
         self._prompt = False
         observer, self._observer = self._observer, None
         if observer is not None:
@@ -392,6 +481,11 @@ def _new_tokens(output: Any) -> int:
     """Tokens that the base model just computed."""
     hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
     return int(hidden.shape[1])
+
+
+def _tokens(inputs: dict[str, Any]) -> Tensor | None:
+    """input_ids (B, S) or inputs_embeds (B, S, C)."""
+    return inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
 
 
 def _is_compact(cache: Any) -> bool:

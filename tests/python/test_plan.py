@@ -39,6 +39,9 @@ PLANS = [
     ),
     lightvlm.Random(keep=0.1, layers=(0,), merge="uniform", seed=7),
     Plan(cache=DecodeCompaction(keep=0.9)),
+    Plan(keep_for_later="quantize"),
+    lightvlm.LightVLM(keep_for_later="drop"),
+    lightvlm.Random(keep_for_later="quantize"),
 ]
 
 
@@ -53,7 +56,7 @@ def test_json_round_trip(plan: Plan) -> None:
 
 def test_json_names_every_option() -> None:
     data = json.loads(lightvlm.LightVLM().to_json())
-    assert set(data) == {"schema_version", "prefill", "cache", "precision"}
+    assert set(data) == {"schema_version", "prefill", "cache", "precision", "keep_for_later"}
     assert data["prefill"]["kind"] == "lightvlm"
     assert set(data["prefill"]) == {"kind", *(field.name for field in dataclasses.fields(LightVLMPrefill))}
     assert data["cache"]["kind"] == "decode_compaction"
@@ -64,6 +67,7 @@ def test_missing_parts_and_options_take_their_defaults() -> None:
     assert Plan.from_json('{"schema_version": 1}') == Plan()
     plan = Plan.from_json('{"schema_version": 1, "prefill": {"kind": "random", "seed": 3}}')
     assert plan == lightvlm.Random(seed=3)
+    assert plan.keep_for_later == "offload"
 
 
 @pytest.mark.parametrize(
