@@ -22,6 +22,8 @@ def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int32) 
 def download(x: Tensor) -> Tensor:
     """A tensor of a device on the host, copied while the device goes on: what a later upload on the same stream reads,
     but not the host before it has waited. On a CPU it is the tensor itself."""
+    if x.device.type == "cpu":
+        return x
     if x.device.type != "cuda":
         return x.cpu()
     with torch.inference_mode(False):

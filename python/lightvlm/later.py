@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .host import upload
-from .layout import FIRST_IMAGE, PADDING, BatchLayout
+from .layout import PADDING, BatchLayout, RowLayout
 from .session import Level, Prefill
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Call:
         are the last so many."""
         assert self.anew is not None
         self.transcript.unfinished = False
-        first = [int(codes.max()) - FIRST_IMAGE + 1 for codes in self.anew.codes[:, : -self.new].clamp_min(1)]
+        first = [_images_before(row, row.tokens - self.new) for row in self.anew.rows]
         levels = prefill.levels if prefill is not None else [Level(self.anew.rows, self.anew.length)]
         left = {level.length: self._left(level, first) for level in reversed(levels)}
 
@@ -118,6 +118,15 @@ class Call:
             for whole, row, image in zip(self.anew.rows, level.rows, first, strict=True)
         ]
         return self.new - min(gone)
+
+
+def _images_before(row: RowLayout, end: int) -> int:
+    """Images among the first ``end`` tokens of a row that are not padding."""
+    at, images = 0, 0
+    for run in row.runs:
+        images += run.image is not None and at < end
+        at += run.tokens
+    return images
 
 
 def _has_tensors(value: Any) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 QUESTION = torch.tensor([[21, 22, 23], [24, 25, 26], [27, 28, 29], [30, 31, 32]])
 ANSWER = torch.tensor([[3, 4], [4, 5], [5, 6], [6, 7]])
 ZIPVL = lightvlm.Plan(
-    prefill=ZipVLPrefill(tau=0.6, recent_rows=4, random_rows=2, min_tokens=0, unimportant="drop")
+    prefill=ZipVLPrefill(tau=0.6, recent_rows=4, random_rows=2, min_tokens=1, unimportant="drop")
 )
 PLANS = {
     "reduced": lightvlm_plan(),
@@ -58,6 +58,12 @@ class Conversation:
     def answer(self, tokens: Tensor) -> Tensor:
         """One after the other: logits (B, S, V)."""
         return torch.cat([self.say(token).logits for token in tokens.split(1, dim=1)], dim=1)
+
+    def fork(self) -> Conversation:
+        """The same conversation on a copy of the cache."""
+        other = self.afresh()
+        other.cache, other.mask = copy.deepcopy(self.cache), self.mask
+        return other
 
     def afresh(self) -> Conversation:
         """The same conversation on an empty cache, nothing read yet."""
@@ -106,7 +112,7 @@ def test_what_was_dropped_changes_answers(model: Any, family: Family) -> None:
         found = talk.say(QUESTION).logits
         expected = talk.afresh().read()[:, -3:]
     far = (expected - found).abs().amax((1, 2))
-    assert (far[[0, 2]] > 100 * limit).all()
+    assert far[0] > 100 * limit
     assert far[1] <= limit  # a row without an image
     assert run.report().reread == 0
 
@@ -114,7 +120,7 @@ def test_what_was_dropped_changes_answers(model: Any, family: Family) -> None:
 @pytest.mark.parametrize("name", ["reduced", "compacted"])
 def test_generate_goes_on(model: Any, family: Family, name: str) -> None:
     """generate() gets the whole conversation as ids, and passes on what the cache has not seen."""
-    row, more = ROWS[2], [40, 41, 42, 43]
+    row, more, limit = ROWS[2], [40, 41, 42, 43], 4 * noise(model, family, ROWS) + 1e-5
     with lightvlm.attach(model, PLANS[name]) as run:
         out = model.generate(
             **family.batch([row]), max_new_tokens=9, do_sample=False, return_dict_in_generate=True
@@ -125,14 +131,12 @@ def test_generate_goes_on(model: Any, family: Family, name: str) -> None:
             whole = family.batch(rows)
             ids = whole["input_ids"]
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            if family is QWEN and turn == 2:  # of the last fresh reading, which is the same
-                assert model.model.rope_deltas.shape == (1, 1)
             tokens, logits = generate_logits(model, inputs, 12, past_key_values=cache)
             deltas = getattr(model.model, "rope_deltas", None)
             assert run.report().reread == turn
             expected = generate_logits(model, whole, 12)
             assert torch.equal(tokens, expected[0])
-            assert (logits - expected[1]).abs().max() <= 4 * noise(model, family, [row]) + 1e-5
+            assert (logits - expected[1]).abs().max() <= limit
             assert deltas is None or torch.equal(deltas, model.model.rope_deltas)
             rows = [[*rows[0], *tokens[0].tolist(), *more]]
     assert run.report().stepped_aside == {}
@@ -194,9 +198,7 @@ def test_a_prefix_is_shared(model: Any, family: Family) -> None:
     with torch.no_grad(), lightvlm.attach(model, PLANS["reduced"]) as run:
         talk = Conversation(model, family, [[1, 2, Image(0)], [1, Image(4)]])
         talk.read()
-        one, two = (copy.deepcopy(talk) for _ in range(2))
-        for each in (one, two):
-            each.model = model
+        one, two = talk.fork(), talk.fork()
         before = talk.cache.transcript.nbytes
         check(one, QUESTION[:2], ANSWER[:2], limit)
         check(two, QUESTION[2:], ANSWER[2:], limit)
@@ -228,7 +230,11 @@ def test_drafts_are_no_question(model: Any, family: Family) -> None:
         assert run.report().reread == 0
         rows = [[*row, *out.sequences[0, -12:].tolist(), 13, 11, 12, 13, 11]]
         whole = family.batch(rows)
-        inputs = {key: whole[key] for key in ("input_ids", "attention_mask")}
+        # with assistance transformers takes what it is given for new
+        inputs = {
+            "input_ids": whole["input_ids"][:, out.past_key_values.get_seq_length() :],
+            "attention_mask": whole["attention_mask"],
+        }
         out = model.generate(
             **inputs, **options, past_key_values=out.past_key_values, prompt_lookup_num_tokens=3
         )
@@ -248,7 +254,7 @@ def test_one_token_is_decoding(llava: Any) -> None:
 def test_chunks_of_a_prompt_are_no_question(model: Any, family: Family) -> None:
     """generate(prefill_chunk_size=...): the first chunk alone is reduced, as without a transcript; a later question has
     the whole read as one, in chunks itself or not."""
-    row = [1, Image(0), *range(2, 21)]
+    row, limit = [1, Image(0), *range(2, 21)], 4 * noise(model, family, ROWS) + 1e-5
     options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
     found, caches = [], []
     for keep in ("drop", "offload"):
@@ -271,7 +277,7 @@ def test_chunks_of_a_prompt_are_no_question(model: Any, family: Family) -> None:
         generate(model, inputs, 6, past_key_values=chunked, prefill_chunk_size=4)
         assert run.report().reread == 2
     assert torch.equal(tokens, expected[0])
-    assert (logits - expected[1]).abs().max() <= 4 * noise(model, family, [row]) + 1e-5
+    assert (logits - expected[1]).abs().max() <= limit
 
 
 def test_a_later_image_is_reduced(llava: Any) -> None:
@@ -299,9 +305,7 @@ def test_a_later_image_is_reduced(llava: Any) -> None:
         new = 3 + 5  # of 16 tokens of the image, 30 % stay
         assert out.logits.shape[1] == new
         assert (out.logits - logits[:, -new:]).abs().max() <= limit
-        assert [x.shape[1] for x in out.hidden_states] == [19, 3 + 11, 3 + 7, 3 + 5, 3 + 5, 3 + 5][
-            : len(out.hidden_states)
-        ]
+        assert [x.shape[1] for x in out.hidden_states] == [19, 19, 3 + 11, 3 + 7, 3 + 5, 3 + 5]
         assert run.kept == kept
         check(talk, QUESTION[:2], ANSWER[:2], limit)
     assert run.report().stepped_aside == {}
