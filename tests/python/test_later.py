@@ -280,6 +280,37 @@ def test_chunks_of_a_prompt_are_no_question(model: Any, family: Family) -> None:
     assert (logits - expected[1]).abs().max() <= limit
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_question_right_after_a_prompt(model: Any, family: Family, first: int) -> None:
+    """No token was decoded between, as between chunks: the prompt came through forward(), or generate() stopped at its
+    first token, which the cache does not hold yet."""
+    row, limit = ROWS[0], 4 * noise(model, family, ROWS) + 1e-5
+    with torch.no_grad(), lightvlm.attach(model, PLANS["reduced"]) as run:
+        if first:
+            options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
+            out = model.generate(**family.batch([row]), **options)
+            said = out.sequences[0, -1:].tolist()
+        else:
+            out, said = model(**prompt(family, [row]), logits_to_keep=1), []
+        whole = family.batch([[*row, *said, 40, 41, 42]])
+        inputs = {key: whole[key] for key in ("input_ids", "attention_mask")}
+        tokens, logits = generate_logits(model, inputs, 6, past_key_values=out.past_key_values)
+        assert run.report().reread == 1
+        expected = generate_logits(model, whole, 6)
+    assert torch.equal(tokens, expected[0])
+    assert (logits - expected[1]).abs().max() <= limit
+
+
+def test_inputs_that_a_transcript_does_not_hold(llava: Any) -> None:
+    """A decoder that is given more than embeddings and positions cannot be given it again."""
+    with torch.no_grad(), lightvlm.attach(llava, PLANS["reduced"]) as run:
+        talk = Conversation(llava, LLAVA, ROWS)
+        talk.read(visual_features=[torch.zeros(1)])
+        talk.say(QUESTION)
+    reason = "the decoder was given visual_features, which cannot be given again"
+    assert run.report().stepped_aside == {reason: 1}
+
+
 def test_a_later_image_is_reduced(llava: Any) -> None:
     """An image that comes with a later question is part of the conversation that is read anew."""
     limit = 4 * noise(llava, LLAVA, ROWS) + 1e-5

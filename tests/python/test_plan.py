@@ -74,6 +74,10 @@ def test_missing_parts_and_options_take_their_defaults() -> None:
     ("text", "message"),
     [
         ("", "not JSON"),
+        (
+            '{"schema_version": 1, "keep_for_later": "all"}',
+            "keep_for_later must be one of 'offload', 'quantize', 'drop', got 'all'",
+        ),
         ("{", "not JSON"),
         ("[]", "must be a JSON object, got list"),
         ("null", "must be a JSON object"),
@@ -186,6 +190,8 @@ def test_parts_go_into_their_own_slot() -> None:
         Plan(prefill=DecodeCompaction())
     with pytest.raises(TypeError, match="cache must be None or a cache part, got RandomPrefill"):
         Plan(cache=RandomPrefill())
+    with pytest.raises(TypeError, match="keep_for_later must be str, got None"):
+        Plan(keep_for_later=None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="precision must be None or a precision part, got int"):
         Plan(precision=4)  # type: ignore[arg-type]
 

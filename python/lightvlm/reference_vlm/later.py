@@ -11,12 +11,13 @@ import contextlib
 import dataclasses
 import json
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 
 from ..methods import method
+from ..plan import KeepForLater
 from ..runtime import attach
 from . import load
 from .evaluate import messages
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from ..plan import Plan
     from ..report import Report
     from .scenes import Scene
+
+
+KEEPS: tuple[KeepForLater, ...] = get_args(KeepForLater)
 
 
 class Talk(NamedTuple):
@@ -110,12 +114,43 @@ def ask_twice(
     return Answers(later, fresh, [talk.second.answer for talk in asked], seconds, report)
 
 
+@torch.no_grad()
+def cost(
+    model: Any, processor: Any, talk: Talk, plan: Plan, steps: int = 256, rounds: int = 9
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of a decode step, the median over rounds that take turns, and bytes kept for later, a token of the
+    conversation, by ``keep_for_later``; and bytes of keys and values a token."""
+    inputs = _inputs(processor, [talk], lambda talk: [talk.first])
+    times: dict[str, list[float]] = {keep: [] for keep in KEEPS}
+    later: dict[str, float] = {}
+    for _ in range(rounds):
+        for keep, spent in times.items():
+            with attach(model, dataclasses.replace(plan, keep_for_later=keep)) as run:
+                model.generate(**inputs, do_sample=False, max_new_tokens=steps, min_new_tokens=steps)
+            report = run.report()
+            spent.append(1e3 * report.seconds["decode"] / (steps - 1))
+            later[keep] = report.later_bytes / (inputs["input_ids"].shape[1] + steps - 1)
+    config = model.config.get_text_config()
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    return {
+        keep: {"ms": float(np.median(spent)), "bytes": later[keep], "kv_bytes": kv}
+        for keep, spent in times.items()
+    }
+
+
 def _inputs(processor: Any, asked: Sequence[Talk], turns: Any) -> dict[str, Any]:
     texts = [
         processor.apply_chat_template(messages(turns(talk)), add_generation_prompt=True) for talk in asked
     ]
     images = [talk.scene.image for talk in asked]
     return dict(processor(text=texts, images=images, padding=True, return_tensors="pt"))
+
+
+def _cost_table(figures: dict[str, dict[str, float]]) -> str:
+    rows = [
+        f"{name:9} {row['ms']:8.3f} {row['bytes']:12.0f} {row['kv_bytes']:9}" for name, row in figures.items()
+    ]
+    return "\n".join([f"{'':9} {'ms/step':>8} {'bytes/token':>12} {'KV/token':>9}", *rows])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -128,18 +163,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=float, default=0.03)
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of LightVLM")
+    parser.add_argument("--cost", action="store_true", help="measure what keeping costs instead")
+    parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args(argv)
     torch.set_flush_denormal(True)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     from ..catalogue import parse_options
 
     plan = method("lightvlm", keep=args.keep, **parse_options(args.option))
     asked = talks(args.split, args.scenes, args.seed)
     model, processor = load()
+    if args.cost:
+        found = cost(model, processor, asked[0], plan)
+        print(json.dumps(found) if args.json else _cost_table(found))
+        return
     figures = {"full": ask_twice(model, processor, asked, None).figures()}
-    for keep in ("offload", "quantize", "drop"):
-        found = ask_twice(model, processor, asked, dataclasses.replace(plan, keep_for_later=keep))
-        figures[keep] = found.figures()
+    for keep in KEEPS:
+        kept = dataclasses.replace(plan, keep_for_later=keep)
+        figures[keep] = ask_twice(model, processor, asked, kept).figures()
     if args.json:
         print(json.dumps(figures))
         return
