@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from .host import upload
-from .layout import PADDING, BatchLayout, RowLayout
+from .layout import PADDING, TEXT, BatchLayout, LayoutError, RowLayout
+from .methods.base import AttentionPart
 from .session import Level, Prefill
+from .transcript import Transcript
 
 if TYPE_CHECKING:
     from .cache import CompactCache
     from .runtime import Run
-    from .transcript import Transcript
 
 _KNOWN = (
     "input_ids",
@@ -118,6 +119,76 @@ class Call:
             for whole, row, image in zip(self.anew.rows, level.rows, first, strict=True)
         ]
         return self.new - min(gone)
+
+
+def tokens_of(inputs: dict[str, Any]) -> Tensor | None:
+    """input_ids (B, S) or inputs_embeds (B, S, C) of a call."""
+    return inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+
+
+def start(
+    run: Run, cache: CompactCache, inputs: dict[str, Any], layout: BatchLayout, one_logit: bool
+) -> None:
+    """Begin a transcript with a prompt that an empty cache will hold, if the plan may drop any of it later."""
+    part = run.plan.prefill
+    drops = isinstance(part, AttentionPart) and part.unimportant == "drop"
+    cache.transcript = None
+    if run._reduces or drops or cache.plan.cache is not None:
+        cache.transcript = said = Transcript(run.plan.keep_for_later)
+        said.begin_call(inputs, one_logit)
+        said.add_kinds(layout.codes)
+        run._call = Call(said, inputs.get("input_ids"), run._adapter.has_pixels(inputs))
+
+
+def resume(run: Run, cache: CompactCache, inputs: dict[str, Any], drafts: int, one_logit: bool) -> bool:
+    """Go on with the transcript of a filled cache; whether the call has the conversation read anew, because its tokens
+    are a question to a cache that lacks some of it.
+
+    Raises:
+        ValueError: the call has another number of rows than a cache that would be read anew.
+    """
+    said, tokens = cache.transcript, tokens_of(inputs)
+    assert said is not None
+    if tokens is None:
+        return False
+    new, images = tokens.shape[1], run._adapter.has_pixels(inputs)
+    said.follow(cache.get_seq_length())
+    run._call = Call(said, inputs.get("input_ids"), images)
+    turn = said.is_turn(inputs, new, drafts, one_logit) and said.dropped
+    if not cache.ragged:  # a shortened one refuses padding among new tokens
+        said.note_mask(inputs.get("attention_mask"), new)
+    kinds = None
+    if said.obstacle is None and (images or turn):
+        try:
+            kinds = _kinds(run, inputs, tokens, images)
+        except LayoutError as error:
+            said.obstacle = f"the conversation cannot be read anew: {error}"
+    if not turn:
+        if kinds is not None:
+            said.add_kinds(kinds)
+        return False
+    obstacle, capacity = said.obstacle, cache.layers[0].capacity
+    if obstacle is None and said.has_holes():
+        obstacle = "the conversation cannot be read anew: there was padding among later tokens"
+    if obstacle is None and capacity is not None and capacity < said.length + new:
+        obstacle = f"the cache's capacity ({capacity}) is too small to read the conversation anew"
+    if obstacle is not None:
+        run._stats.step_aside(obstacle)
+        return False
+    if len(tokens) != said.batch_size:
+        raise ValueError(f"the call has {len(tokens)} rows, the cache has {said.batch_size}")
+    assert kinds is not None
+    said.add_kinds(kinds)
+    layout = run._call.anew = said.layout()
+    run.plan_prompt(layout, inputs, drafts)
+    return True
+
+
+def _kinds(run: Run, inputs: dict[str, Any], tokens: Tensor, images: bool) -> Tensor:
+    """Codes (B, S) of new tokens; the device is asked only where images are among them."""
+    if images:
+        return run._read_layout(inputs, None).codes
+    return torch.full(tokens.shape[:2], TEXT, dtype=torch.int32)
 
 
 def _images_before(row: RowLayout, end: int) -> int:

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from lightvlm_ext._kv import PACKED_HEAD_DIMS
 
-from . import attention_hook
+from . import attention_hook, later
 from .flops import head_width
-from .later import Call
-from .layout import TEXT, BatchLayout, LayoutError, read_layout
+from .layout import BatchLayout, LayoutError, read_layout
 from .methods.base import AttentionPart, PrecisionPart, PrefillPart
 from .models import find_adapter
 from .models.base import Adapter
@@ -31,7 +30,6 @@ from .report import Report
 from .session import Prefill
 from .sparse_attention import SparsePrefill
 from .statistics import Statistics, Timer
-from .transcript import Transcript
 
 if TYPE_CHECKING:
     from .cache import CompactCache
@@ -120,7 +118,7 @@ class Run:
         self._prompt = False
         self._drafts = 0
         self._one_logit = False
-        self._call: Call | None = None
+        self._call: later.Call | None = None
         self._timer: Timer | None = None
         self._stats = Statistics(adapter)
         self._observe = observe
@@ -223,61 +221,12 @@ class Run:
                 _check_new_tokens(inputs)
             cache.run = weakref.ref(self)
             self._cache = cache
-            if cache.transcript is not None and self._read_anew(cache, inputs, drafts, one_logit):
+            if cache.transcript is not None and later.resume(self, cache, inputs, drafts, one_logit):
                 return
         if self._reduces and self._adapter.has_pixels(inputs):
             self._stats.step_aside(
                 "an image arrived on a cache that already holds tokens; nothing was read anew"
             )
-
-    def _read_anew(self, cache: CompactCache, inputs: dict[str, Any], drafts: int, one_logit: bool) -> bool:
-        """Have the conversation read anew if these tokens are a question to a cache that lacks some of it."""
-        said = cache.transcript
-        assert said is not None
-        tokens = _tokens(inputs)
-        if tokens is None:
-            return False
-        new = tokens.shape[1]
-        said.follow(cache.get_seq_length())
-        images = self._adapter.has_pixels(inputs)
-        self._call = Call(said, inputs.get("input_ids"), images)
-        turn = said.is_turn(inputs, new, drafts, one_logit) and said.dropped
-        if not cache.ragged:
-            said.note_mask(inputs.get("attention_mask"), new)
-        kinds = None
-        if said.obstacle is None and (images or turn):
-            try:
-                kinds = self._new_kinds(inputs, images)
-            except LayoutError as error:
-                said.obstacle = f"the conversation cannot be read anew: {error}"
-        if not turn:
-            if kinds is not None:
-                said.add_kinds(kinds)
-            return False
-        obstacle, capacity = said.obstacle, cache.layers[0].capacity
-        if obstacle is None and said.has_holes():
-            obstacle = "the conversation cannot be read anew: there was padding among later tokens"
-        if obstacle is None and capacity is not None and capacity < said.length + new:
-            obstacle = f"the cache's capacity ({capacity}) is too small to read the conversation anew"
-        if obstacle is not None or kinds is None:
-            self._stats.step_aside(obstacle or "")
-            return False
-        if len(tokens) != said.batch_size:
-            raise ValueError(f"the call has {len(tokens)} rows, the cache has {said.batch_size}")
-        said.add_kinds(kinds)
-        self._prompt, self.kept = True, {}
-        self._layout = self._call.anew = layout = said.layout()
-        self._prefill = self._plan_prefill(layout, inputs, drafts)
-        self._sparse = self._plan_sparse(layout, inputs, drafts)
-        return True
-
-    def _new_kinds(self, inputs: dict[str, Any], images: bool) -> Tensor:
-        """Kinds of the new tokens of a filled cache; the device is asked only where images are among them."""
-        tokens = _tokens(inputs)
-        assert tokens is not None
-        if not images:
-            return torch.full(tokens.shape[:2], TEXT, dtype=torch.int32)
-        return self._read_layout(inputs, None).codes
 
     def _begin(self, cache: Any, inputs: dict[str, Any], drafts: int, one_logit: bool) -> None:
         """A prompt on an empty cache: plan its reduction and put a CompactCache in the place of a dynamic one."""
@@ -297,8 +246,7 @@ class Run:
             return self._step_aside(str(error)) if replaceable else None
         if not replaceable:
             return None
-        self._prefill = self._plan_prefill(self._layout, inputs, drafts)
-        self._sparse = self._plan_sparse(self._layout, inputs, drafts)
+        self.plan_prompt(self._layout, inputs, drafts)
         use_cache = inputs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self._adapter.decoder.config, "use_cache", True)
@@ -308,14 +256,14 @@ class Run:
         needed = self._prefill is not None or parts or drops
         if _is_compact(cache) or (needed and (use_cache or cache is not None)):
             self._cache = own = inputs["past_key_values"] = self._own_cache(cache, self._layout)
-            own.transcript = None
-            if self._reduces or drops or own.plan.cache is not None:
-                own.transcript = Transcript(self.plan.keep_for_later)
-                own.transcript.begin_call(inputs, one_logit)
-                own.transcript.add_kinds(self._layout.codes)
-                images = self._adapter.has_pixels(inputs)
-                self._call = Call(own.transcript, inputs.get("input_ids"), images)
+            later.start(self, own, inputs, self._layout, one_logit)
         return None
+
+    def plan_prompt(self, layout: BatchLayout, inputs: dict[str, Any], drafts: int) -> None:
+        """Treat the call as a prompt of this layout."""
+        self._prompt, self.kept, self._layout = True, {}, layout
+        self._prefill = self._plan_prefill(layout, inputs, drafts)
+        self._sparse = self._plan_sparse(layout, inputs, drafts)
 
     def _step_aside(self, reason: str) -> None:
         """Note that the plan does not apply, if there is anything that it would have done."""
@@ -450,11 +398,10 @@ class Run:
         if self._prompt and cache is not None:
             cache.pack_prompt(self._sparse.selections if self._sparse is not None else None)
         if self._call is not None:
-            said, anew = self._call.transcript, self._call.anew is not None
             if self._prompt:
                 drops = self._sparse is not None and self._sparse.part.unimportant == "drop"
-                said.dropped = self._prefill is not None or drops
-            self._stats.add_later(anew, said.nbytes)
+                self._call.transcript.dropped = self._prefill is not None or drops
+            self._stats.add_later(self._call.anew is not None, self._call.transcript.nbytes)
         self._stats.add_cache(cache if cache is not None else getattr(output, "past_key_values", None))
 
     def _forget(self) -> None:
@@ -481,11 +428,6 @@ def _new_tokens(output: Any) -> int:
     """Tokens that the base model just computed."""
     hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
     return int(hidden.shape[1])
-
-
-def _tokens(inputs: dict[str, Any]) -> Tensor | None:
-    """input_ids (B, S) or inputs_embeds (B, S, C)."""
-    return inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
 
 
 def _is_compact(cache: Any) -> bool:

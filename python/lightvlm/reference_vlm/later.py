@@ -121,7 +121,7 @@ def cost(
     """Milliseconds of a decode step, the median over rounds that take turns, and bytes kept for later, a token of the
     conversation, by ``keep_for_later``; and bytes of keys and values a token."""
     inputs = _inputs(processor, [talk], lambda talk: [talk.first])
-    times: dict[str, list[float]] = {keep: [] for keep in KEEPS}
+    times: dict[KeepForLater, list[float]] = {keep: [] for keep in KEEPS}
     later: dict[str, float] = {}
     for _ in range(rounds):
         for keep, spent in times.items():
