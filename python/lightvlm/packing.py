@@ -93,12 +93,12 @@ def _pack_layer(
     store = PackedStore(len(spans))
     if max(sinks) > 0:
         index, count = _places([start for start, _ in spans], sinks, device)
-        store.sinks, store.sink_counts = KVSegment(*_take(layer, index, count), lens=count), sinks
+        store.sinks, store.sink_counts = KVSegment(*_take(layer, index, count), lens=count.clone()), sinks
     for group, found in zip(groups, counts, strict=True):
         if max(found) > 0:
             places = group.index[:, : max(found)]
             key, value = _take(layer, places, group.count)
-            packed = ops.quantize_kv(key, value, bits=group.bits, lens=group.count)
+            packed = ops.quantize_kv(key, value, bits=group.bits, lens=group.count.clone())
             store.prompt.append(PromptKV(packed, found, _take_mass(layer, places, group.count)))
     store.in_order = len(store.prompt) <= 1
     index, count = _places([end - last for (_, end), last in zip(spans, recent, strict=True)], recent, device)

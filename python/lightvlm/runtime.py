@@ -171,6 +171,10 @@ class Run:
         """Whether the plan is on the model."""
         return bool(self._handles)
 
+    def reads(self, cache: CompactCache) -> bool:
+        """Whether the model is being called with this cache right now."""
+        return self._cache is cache
+
     def report(self) -> Report:
         """What happened since attach (see :class:`lightvlm.report.Report`)."""
         from lightvlm_ext import device_errors
