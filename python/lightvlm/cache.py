@@ -24,7 +24,7 @@ from .cache_layer import SLACK, CompactLayer, check_rows
 from .methods.base import CachePart, PrecisionPart
 from .models.base import attention_kinds
 from .packed_eviction import evict_packed
-from .packing import move_rows, pack_generated, pack_prompt
+from .packing import check_storage, move_rows, pack_generated, pack_prompt
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class CompactCache(Cache):
 
     Raises:
         TypeError, ValueError: a config, plan or capacity of the wrong kind; a decoder with layers that are not
-            full attention.
+            full attention, or whose heads the plan's precision part cannot store; cache and precision parts that do
+            not go together.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class CompactCache(Cache):
         self.layers: list[CompactLayer]  # type: ignore[assignment]
         super().__init__(layers=[CompactLayer(capacity) for _ in range(text.num_hidden_layers)])
         self._heads = _heads_of(text)
+        check_storage(plan, self._heads[1])
         self._has_own_plan = plan is not None
         self._set_plan(plan if plan is not None else Plan())
         self.run: weakref.ref[Run] | None = None
@@ -200,9 +202,13 @@ class CompactCache(Cache):
         evicted = evict_packed(
             [layer for layer in self.layers if layer.packed is not None], policy, self.leftpad
         )
-        chosen = [
-            (layer, policy.choose(layer, self.leftpad)) for layer in self.layers if layer.packed is None
+        # what will be packed later waits for it, where it may then be stored in fewer bits instead of being dropped
+        whole = [
+            layer
+            for layer in self.layers
+            if layer.packed is None and not (policy.demotes and layer.will_be_packed)
         ]
+        chosen = [(layer, policy.choose(layer, self.leftpad)) for layer in whole]
         moves = [(layer, choice) for layer, choice in chosen if choice is not None]
         if not moves:
             return evicted
