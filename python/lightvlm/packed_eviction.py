@@ -3,11 +3,11 @@
 Tokens of the prompt share one block of channel scales and go one by one. Generated tokens share scales by 64, and go by
 whole blocks, by the mean of what their tokens received; a block stays where the budget has room for a part of it. Sinks
 and recent tokens of the precision part always stay, whatever the policy calls its own. What is demoted goes in whole
-blocks, too, those tokens of the prompt first that received least, and no longer counts towards the budget.
+blocks, too, those tokens of the prompt first that received least, and then no longer counts towards the budget.
 
-Blocks are the same number in every row, and so are tokens of the prompt that are demoted. Where rows differ, the row that
-keeps most decides for all, so that a row may keep more than it would alone: the one case in which a batch is not the same
-as one by one. Tokens of the prompt that are dropped are each row's own affair.
+Blocks are the same number in every row, and so are tokens of the prompt that are demoted. Where rows differ, the row
+that keeps most decides for all, so that a row may keep more than it would alone: the one case in which a batch is not
+the same as one by one. Tokens of the prompt that are dropped are each row's own affair.
 
 How many tokens of which segment stay is for the device to know: it is asked once, for all layers.
 """

@@ -1,6 +1,6 @@
 """A packed layer of the cache, slowly: lists of tokens, each with what was stored, what is left of it, and its mass.
 
-Tokens change their place or their bits by the rules of the docstrings, one by one. What the cache holds is then compared
+Tokens change their place or their bits by the rules of the docstrings, one by one. What the cache holds is compared
 with these lists, and may differ from what was stored by the quantiser's bounds alone.
 """
 
