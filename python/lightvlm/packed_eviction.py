@@ -6,8 +6,9 @@ and recent tokens of the precision part always stay, whatever the policy calls i
 blocks, too, those tokens of the prompt first that received least, and then no longer counts towards the budget.
 
 Blocks are the same number in every row, and so are tokens of the prompt that are demoted. Where rows differ, the row
-that keeps most decides for all, so that a row may keep more than it would alone: the one case in which a batch is not
-the same as one by one. Tokens of the prompt that are dropped are each row's own affair.
+that keeps most decides for all, so that a row may keep more than it would alone. So may a row that alone is too short
+to be packed, as its layer is packed with the others' and its buffer counts as recent. These are the cases in which a
+batch is not the same as one by one. Tokens of the prompt that are dropped are each row's own affair.
 
 How many tokens of which segment stay is for the device to know: it is asked once, for all layers.
 """

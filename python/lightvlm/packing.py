@@ -1,4 +1,8 @@
-"""When tokens of a cache leave its 16-bit buffers: the prompt once it is read, generated tokens as they become old."""
+"""When tokens of a cache leave its 16-bit buffers: the prompt once it is read, generated tokens as they become old.
+
+The rows of a batch are packed together: a layer once one of them is long enough, generated tokens once each row has
+enough of them behind its sinks.
+"""
 
 from __future__ import annotations
 
