@@ -15,6 +15,7 @@ from lightvlm_ext._version import __version__
 
 if TYPE_CHECKING:
     from .cache import CompactCache
+    from .decode_loop import generate
     from .methods import LightVLM, Random, method, method_names
     from .plan import Plan
     from .report import Report
@@ -29,6 +30,7 @@ __all__ = [
     "Run",
     "__version__",
     "attach",
+    "generate",
     "method",
     "method_names",
 ]
@@ -42,6 +44,7 @@ _HOME = {
     "Report": "report",
     "Run": "runtime",
     "attach": "runtime",
+    "generate": "decode_loop",
     "method": "methods",
     "method_names": "methods",
 }

@@ -118,7 +118,7 @@ class CompactCache(Cache):
     @property
     def reads_itself(self) -> bool:
         """Whether attention follows what is stored, not the 2-D mask, in a layer."""
-        return any(layer.ragged or layer.mass is not None for layer in self.layers)
+        return any(layer.reads_itself for layer in self.layers)
 
     @property
     def ragged(self) -> bool:

@@ -27,6 +27,7 @@ class Report:
         seconds: per phase ("prefill", "decode"); the model's time, images included, without the language-model head.
         op_calls, op_seconds: per op; on a GPU seconds are left out, because measuring them would synchronise.
         compactions: times the cache was compacted while decoding.
+        graph: of :func:`lightvlm.generate`, where a CUDA graph did the steps: "captures", and "replays" (tokens).
         stepped_aside: reason -> times that a plan, or a part of it, did not apply.
         errors: what the device reported.
     """
@@ -46,6 +47,7 @@ class Report:
     op_calls: dict[str, int] = field(default_factory=dict)
     op_seconds: dict[str, float] = field(default_factory=dict)
     compactions: int = 0
+    graph: dict[str, int] = field(default_factory=dict)
     stepped_aside: dict[str, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
 
@@ -69,6 +71,10 @@ class Report:
                          f"{_bytes(self.kv_bytes_full)} if nothing were removed"),
             ("compactions while decoding", f"{self.compactions}"),
         ]  # fmt: skip
+        if self.graph:
+            rows.append(
+                ("decode steps from a CUDA graph", "{replays}, captured {captures}x".format(**self.graph))
+            )
         rows += [(f"{phase} time", f"{seconds * 1e3:.1f} ms") for phase, seconds in self.seconds.items()]
         for name, calls in sorted(self.op_calls.items()):
             seconds = self.op_seconds.get(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -177,6 +178,16 @@ class Run:
 
         self._stats.errors += device_errors()
         return self._stats.report()
+
+    @contextlib.contextmanager
+    def reading(self, cache: CompactCache) -> Iterator[None]:
+        """Let the decoder's layers fill and read ``cache`` without a call of the base model."""
+        self._forget()
+        self._cache = cache
+        try:
+            yield
+        finally:
+            self._cache = None
 
     # -- hooks
     # -------------------------------------------------------------------------------------------------
@@ -347,7 +358,7 @@ class Run:
                 shortened = self._prefill is not None and self._prefill.reduced
                 tail = level.tail if level is not None and shortened else self._layout.length
                 layer.begin(starts, self._layout.length, tail, shortened)
-        elif layer is not None and (layer.ragged or layer.mass is not None):
+        elif layer is not None and layer.reads_itself:
             out = attend_stored(query, layer, scale)
         else:
             out, weights = call(module, query, key, value, mask, **kwargs)
