@@ -10,19 +10,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .cache import CompactCache
-from .decode_step import DecodeStep, capture_cuda, why_not
+from .decode_step import DecodeStep, capture_on, why_not
 from .models import find_adapter
+from .models.base import attention_kinds
 from .plan import Plan
-from .runtime import Run, attach
-
-if TYPE_CHECKING:
-    from .decode_step import Capture
+from .runtime import Run, _replaceable, attach
 
 _MODES = ("greedy_search", "sample")
 
@@ -68,16 +66,16 @@ def generate(model: nn.Module, *, plan: Plan | None = None, graph: bool | str = 
 
 
 def _with_stop_strings(inputs: dict[str, Any]) -> dict[str, Any]:
-    """transformers forgets the tokenizer on its way to the criteria where another function decodes."""
-    config, tokenizer = inputs.get("generation_config"), inputs.get("tokenizer")
-    strings = inputs.get("stop_strings", getattr(config, "stop_strings", None))
+    """transformers loses the tokenizer on its way to the criteria where another function decodes."""
+    strings, tokenizer = inputs.get("stop_strings"), inputs.get("tokenizer")
     if strings is None or tokenizer is None:
         return inputs
     from transformers import StoppingCriteriaList, StopStringCriteria
 
     criterion = StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
     given = StoppingCriteriaList([*(inputs.get("stopping_criteria") or []), criterion])
-    return {**inputs, "stop_strings": None, "stopping_criteria": given}
+    rest = {name: value for name, value in inputs.items() if name not in ("stop_strings", "tokenizer")}
+    return {**rest, "stopping_criteria": given}
 
 
 def _decode(
@@ -101,20 +99,20 @@ def _decode(
     _give_compact_cache(run, model_kwargs)
     loop = _Loop(model, run, graph, input_ids, stopping_criteria, generation_config, model_kwargs)
     chosen = _Chosen(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    with loop, getattr(model, "_optimize_model_for_decode", contextlib.nullcontext)():
+    with loop:
         more = chosen.add(loop.read_prompt())
-        while more:
-            more = chosen.add(loop.next_logits(chosen.ids))
+        with getattr(model, "_optimize_model_for_decode", contextlib.nullcontext)():
+            while more:
+                more = chosen.add(loop.next_logits(chosen.ids))
     return chosen.result(loop.model_kwargs.get("past_key_values"))
 
 
 def _give_compact_cache(run: Run, model_kwargs: dict[str, Any]) -> None:
-    """Put a CompactCache in the place of the empty one that generate() made, so that a plan without a cache part has one."""
-    from .runtime import _is_compact, _replaceable
-
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and _replaceable(cache) and not _is_compact(cache) and not cache.get_seq_length():
-        CompactCache(run._adapter.decoder.config, run.plan).take_place_of(cache)
+    """Put a CompactCache in the place of the empty one that generate() made, which a plan without a cache part leaves."""
+    cache, config = model_kwargs.get("past_key_values"), run._adapter.decoder.config
+    empty = cache is not None and not isinstance(cache, CompactCache) and not cache.get_seq_length()
+    if empty and _replaceable(cache) and attention_kinds(config) == {"full_attention"}:
+        CompactCache(config).take_place_of(cache)
 
 
 class _Loop:
@@ -181,14 +179,11 @@ class _Loop:
             return
         assert isinstance(cache, CompactCache)
         assert isinstance(positions, Tensor)
-        self.step = DecodeStep(
-            self.run, cache, positions=positions, ahead=self.longest - ids.shape[1], capture=self._capture(ids.device)
-        )
-
-    def _capture(self, device: torch.device) -> Capture | None:
-        if self.graph is True and device.type != "cuda":
-            self.run._stats.step_aside(f"no CUDA graph on a device of type {device.type}")
-        return capture_cuda if self.graph and device.type == "cuda" else None
+        capture = capture_on(positions.device) if self.graph else None
+        if self.graph is True and capture is None:
+            self.run._stats.step_aside(f"no CUDA graph on a device of type {positions.device.type}")
+        ahead = self.longest - ids.shape[1]
+        self.step = DecodeStep(self.run, cache, positions=positions, ahead=ahead, capture=capture)
 
     def _asks_for_more(self) -> str | None:
         if self.config.output_attentions or self.config.output_hidden_states:

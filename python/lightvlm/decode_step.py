@@ -36,6 +36,11 @@ def capture_cuda(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], o
     return out, graph.replay
 
 
+def capture_on(device: torch.device) -> Capture | None:
+    """What captures a step on a device; None: nothing does."""
+    return capture_cuda if device.type == "cuda" else None
+
+
 class DecodeStep:
     """Decode steps on a filled cache; a context manager, at whose end the cache is one as any other again.
 
@@ -72,7 +77,7 @@ class DecodeStep:
             seen = [layer.seen - pad for pad in cache.leftpad]
             positions = torch.tensor(seen, device=device)[:, None]
         if isinstance(capture, str):
-            capture = capture_cuda if device.type == "cuda" else None
+            capture = capture_on(device)
         self._run, self._cache, self._capture = run, cache, capture
         self._decoder, self._head = adapter.decoder, adapter.model.get_output_embeddings()
         self._tokens = torch.zeros(layer.batch_size, 1, dtype=torch.int64, device=device)
@@ -81,10 +86,11 @@ class DecodeStep:
         self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         self._replay: Callable[[], object] | None = None
         self._calls: Counter[str] = Counter()
-        self._seen: tuple[object, ...] | None = None
+        self._loaded = False
         self.logits = torch.empty(0)
         """(B, V) in the model's dtype: of the last step, until the next."""
         self._live = LiveCache(cache, ahead, int(adapter.decoder.config.num_attention_heads))
+        self._addresses = self._live.addresses()
 
     def __enter__(self) -> DecodeStep:
         return self
@@ -107,11 +113,11 @@ class DecodeStep:
         Raises:
             ValueError: a fixed capacity of the cache is used up; nothing is changed.
         """
-        self._live.prepare()
+        self._live.check_room()
         self._tokens.copy_(tokens.reshape(-1, 1))
         timer, stats = Timer(self._tokens.device), self._run._stats
-        if self._capture is not None:
-            self._look_at_addresses(self._capture)
+        if self._capture is not None and self._replay is None and self._loaded:
+            self._take(self._capture)
         if self._replay is not None:
             self._replay()
             stats.replays += 1
@@ -119,8 +125,11 @@ class DecodeStep:
         else:
             with observe(stats.add_op):
                 self.logits = self._compute()
-        with observe(stats.add_op):
+            self._loaded = True
+        with observe(stats.add_op):  # while the device is at work
             stats.compactions += self._live.advance()
+        if self._capture is not None and self._live.moved and self._addresses != (now := self._live.addresses()):
+            self._addresses, self._replay, self._loaded = now, None, False
         stats.add_time("decode", timer.stop())
         return self.logits
 
@@ -138,15 +147,8 @@ class DecodeStep:
             logits: Tensor = self._head(hidden)[:, -1]
             return logits
 
-    def _look_at_addresses(self, capture: Capture) -> None:
-        """Capture where what a step reads stayed where it was at the step before, which was run as it is and so has
-        loaded what the kernels need; drop a graph of what is no longer there."""
-        now = self._live.addresses()
-        if now != self._seen:
-            self._seen, self._replay = now, None
-            return
-        if self._replay is not None:
-            return
+    def _take(self, capture: Capture) -> None:
+        """Capture the step, after one on the same buffers that was run as it is and has loaded all that it needs."""
         calls: list[OpCall] = []
         try:
             with observe(calls.append):

@@ -79,6 +79,7 @@ class LiveCache:
         first = cache.layers[0]
         batch, device = first.batch_size, first.key_storage.device
         self.cache = cache
+        self.moved = False
         with torch.inference_mode(False):
             self._bounds = torch.empty(len(cache.layers), 2, batch, dtype=torch.int32, device=device)
             self._at = torch.empty(len(cache.layers), batch, dtype=torch.int64, device=device)
@@ -95,7 +96,7 @@ class LiveCache:
             layer._bounds = None
             layer.bounds()
             if layer.capacity is None and not layer.will_be_packed:
-                self._make_room(layer, min(ahead, self._room(layer)))
+                self._make_room(layer, max(1, min(ahead, self._room(layer))))
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -113,34 +114,40 @@ class LiveCache:
             assert layer.live is not None
             layer.live.stepping = stepping
 
-    def prepare(self) -> None:
-        """Make room for the token of the next step, or raise a ValueError where a fixed capacity is used up."""
+    def check_room(self) -> None:
+        """Raise a ValueError where a fixed capacity has no room for the token of a step."""
         for layer in self.cache.layers:
             layer.check_capacity(1)
-        for layer in self.cache.layers:
-            self._make_room(layer, 1)
 
-    def _make_room(self, layer: CompactLayer, least: int) -> None:
-        """Move a layer that has fewer free places than that to larger buffers."""
+    def _make_room(self, layer: CompactLayer, least: int) -> bool:
+        """Move a layer that has fewer free places than that to larger buffers; whether it did not have them."""
         used = max(layer.ends)
-        if layer.key_storage.shape[1] < used + least:
+        short = layer.key_storage.shape[1] < used + least and layer.key_storage.shape[1] != layer.capacity
+        if short:
             layer._resize(used + self._room(layer))
+        return short
 
     def advance(self) -> bool:
-        """The host's part of a step that the device has been given: count its token, pack, and compact where it is time.
-
-        Returns whether anything was compacted.
+        """The host's part of a step that the device has been given: count its token, pack, compact where it is time, and
+        make room for the next. Returns whether anything was compacted; :attr:`moved` then says whether buffers may have
+        been replaced.
         """
+        counted = []
         for layer in self.cache.layers:
             assert layer.live is not None
             layer.ends = [end + 1 for end in layer.ends]
+            counted.append(layer.ends)
             layer.seen += 1
             layer.tail += 1
             layer.live.remembered = min(layer.query_rows, layer.live.remembered + 1)
             layer.live.ahead = max(0, layer.live.ahead - 1)
         compacted = self.cache.step(1)
-        for layer in self.cache.layers:
-            layer.bounds()  # those that changed go to the device
+        self.moved = compacted
+        for layer, ends in zip(self.cache.layers, counted, strict=True):
+            if layer.ends is not ends:
+                layer.bounds()  # goes to the device
+                self.moved = True
+            self.moved |= self._make_room(layer, 1)
         return compacted
 
     def _room(self, layer: CompactLayer) -> int:

@@ -1,8 +1,8 @@
-"""A CUDA graph's stand-in on a CPU: the calls of the dispatcher while a function runs, made again on the same tensors.
+"""A CUDA graph's stand-in on a CPU: the dispatcher's calls while a function runs, made again on the same tensors.
 
-Like a graph, a replay runs no Python of the function, reads arguments where they lay at capture, and writes results where
-the captured ones lie. Like a capture, recording runs nothing for good: what it wrote is put back. And it refuses what a
-capture refuses: asking the device for a value, and data of the host that a tensor is made of.
+Like a graph, a replay runs nothing of the function's Python, reads its arguments where they lay at capture, and writes
+where the captured results lie. Like a capture, recording leaves no trace in memory. And it refuses what a capture refuses:
+asking the device for a value, and tensors made of data of the host.
 """
 
 from __future__ import annotations
@@ -13,67 +13,66 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 
-REFUSED = (
-    "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2", "lift_fresh", "item",
-)  # fmt: skip
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+REFUSED = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2", "lift_fresh"}
+INDEXED = {"index", "index_put", "index_put_"}
 
 
-def memory(x: Tensor) -> int:
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _memory(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
 class Recording(TorchDispatchMode):
-    """Takes down what is called, with results."""
+    """Takes down what is called, and what it returned in memory of its own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}
-        self.made: set[int] = set()
+        self._calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self._made: set[int] = set()
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if name in REFUSED:
-            raise RuntimeError(f"{name} is not permitted while a step is recorded")
-        given = tensors((args, kwargs))
-        if name in ("index", "index_put_", "index_put") and any(
-            x is not None and x.dtype == torch.bool for x in args[1]
-        ):
-            raise RuntimeError(f"{name} by a mask is not permitted while a step is recorded")
-        if func._schema.is_mutable:
-            for x in given:
-                if memory(x) not in self.made and memory(x) not in self.before:
-                    whole = x.new_empty(0).set_(x.untyped_storage())
-                    self.before[memory(x)] = (whole, whole.clone())
+        by_mask = name in INDEXED and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if name in REFUSED or by_mask:
+            raise RuntimeError(f"{name} is not permitted while a step is captured")
+        given, writes = _tensors((args, kwargs)), func._schema.is_mutable
+        for x in given if writes else []:
+            self._remember(x)
         out = func(*args, **kwargs)
-        found = tensors(out)
-        aliases = {memory(x) for x in given}
-        fresh = [x for x in found if memory(x) not in aliases]
-        self.made |= {memory(x) for x in fresh}
-        if func._schema.is_mutable or fresh:
-            self.calls.append((func, args, kwargs, found if fresh else []))
+        results = _tensors(out)
+        shared = {_memory(x) for x in given}
+        own = results if all(_memory(x) not in shared for x in results) else []
+        self._made |= {_memory(x) for x in own}
+        if writes or own:  # views need not be made again: they show what is in the memory
+            self._calls.append((func, args, kwargs, own))
         return out
 
+    def _remember(self, x: Tensor) -> None:
+        if _memory(x) not in self._made | set(self._before):
+            whole = x.new_empty(0).set_(x.untyped_storage())
+            self._before[_memory(x)] = (whole, whole.clone())
+
     def undo(self) -> None:
-        for whole, before in self.before.values():
+        """Put back what the function wrote."""
+        for whole, before in self._before.values():
             whole.copy_(before)
 
     def replay(self) -> None:
-        for func, args, kwargs, results in self.calls:
-            for old, new in zip(results, tensors(func(*args, **kwargs)) if results else [func(*args, **kwargs)], strict=False):
-                if results:
-                    old.copy_(new)
+        for func, args, kwargs, results in self._calls:
+            out = func(*args, **kwargs)
+            for there, here in zip(results, _tensors(out) if results else [], strict=True):
+                there.copy_(here)
 
 
 def record(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
-    """A ``Capture`` for ``DecodeStep``."""
+    """Captures a function, as ``DecodeStep`` wants it."""
     with Recording() as recording:
         out = function()
     recording.undo()
