@@ -420,15 +420,14 @@ class CompactLayer(CacheLayerMixin):
     def bytes_used(self) -> int:
         """Bytes of the keys and values that are valid."""
         tokens = sum(self.ends) - sum(self.starts)
-        return tokens * self._bytes_per_token() + self._bytes_packed()
+        packed = self.packed.bytes_used if self.packed is not None else 0
+        return tokens * self._bytes_per_token() + packed
 
     def bytes_allocated(self) -> int:
         """Bytes of the buffers."""
         mass = self.mass.nbytes if self.mass is not None else 0
-        return self.key_storage.nbytes + self.value_storage.nbytes + mass + self._bytes_packed()
-
-    def _bytes_packed(self) -> int:
-        return self.packed.nbytes if self.packed is not None else 0
+        packed = self.packed.nbytes if self.packed is not None else 0
+        return self.key_storage.nbytes + self.value_storage.nbytes + mass + packed
 
     def bytes_full(self) -> int:
         """Bytes that a cache holding every token seen would use."""

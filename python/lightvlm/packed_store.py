@@ -89,6 +89,11 @@ class PackedStore:
         tensors = [tensor for segment in self.segments() for tensor in _tensors(segment)]
         return sum(tensor.nbytes for tensor in [*tensors, *(one for one in self.masses() if one is not None)])
 
+    @property
+    def bytes_used(self) -> int:
+        """The same without the room that no generated token uses yet."""
+        return self.nbytes - sum(storage.bytes_free for storage in self.generated.values())
+
     def shrink(self) -> None:
         """Give back the room that no token uses."""
         for one in self.prompt:
@@ -165,6 +170,16 @@ class GrowingKV:
         self.packed.lens.fill_(tokens)
         if self.mass is not None:
             self.mass[:, :, tokens:] = 0
+
+    @property
+    def bytes_free(self) -> int:
+        """Bytes that no token uses yet."""
+        if self.packed is None:
+            return 0
+        lens = self.packed.lens.nbytes if self.packed.lens is not None else 0
+        held = sum(tensor.nbytes for tensor in _tensors(self.packed)) - lens
+        held += self.mass.nbytes if self.mass is not None else 0
+        return held * (self.packed.tokens - self.used) // self.packed.tokens
 
     def shrink(self) -> None:
         """Give back the room that no token uses."""

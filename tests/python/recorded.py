@@ -7,16 +7,20 @@ asking the device for a value, and tensors made of data of the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from python.test_host_reads import in_ops
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 REFUSED = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2", "lift_fresh"}
 INDEXED = {"index", "index_put", "index_put_"}
+READS = ("tolist", "cpu", "numpy")
+"""Reads that the dispatcher does not see on a CPU."""
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -71,9 +75,30 @@ class Recording(TorchDispatchMode):
                 there.copy_(here)
 
 
+@contextmanager
+def _no_reads() -> Iterator[None]:
+    originals = {name: getattr(Tensor, name) for name in READS}
+
+    def refusing(name: str) -> Any:
+        def read(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if in_ops():  # their checks of values happen on CPU tensors alone
+                return originals[name](self, *args, **kwargs)
+            raise RuntimeError(f"{name} is not permitted while a step is captured")
+
+        return read
+
+    try:
+        for name in READS:
+            setattr(Tensor, name, refusing(name))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(Tensor, name, original)
+
+
 def record(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
     """Captures a function, as ``DecodeStep`` wants it."""
-    with Recording() as recording:
+    with _no_reads(), Recording() as recording:
         out = function()
     recording.undo()
     return out, recording.replay
