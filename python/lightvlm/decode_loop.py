@@ -1,8 +1,8 @@
 """lightvlm.generate: transformers' generate() with a decode loop of our own, for the latency that launches dominate.
 
 transformers prepares inputs, processors of logits, criteria and cache as always, and then calls our function instead of
-its own (``custom_generate``). The prompt is read by the model; after it each token is a :class:`DecodeStep`, on a GPU the
-replay of a CUDA graph. Choosing tokens stays outside of it.
+its own (``custom_generate``). The prompt is read by the model; after it each token is a :class:`DecodeStep`, on a GPU
+the replay of a CUDA graph. Choosing tokens stays outside of it.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def generate(model: nn.Module, *, plan: Plan | None = None, graph: bool | str = 
             the report says where there is no graph. False captures nothing.
         inputs: arguments of ``model.generate``.
 
-    Where a step cannot be done like that (a cache of another kind, a mask with holes, attentions asked for), the model is
-    called for every token as ``model.generate`` does, and the report says why.
+    Where a step cannot be done like that (a cache of another kind, a mask with holes, attentions asked for), the model
+    is called for every token as ``model.generate`` does, and the report says why.
 
     Raises:
         TypeError: model, plan or graph of the wrong kind.
@@ -108,7 +108,7 @@ def _decode(
 
 
 def _give_compact_cache(run: Run, model_kwargs: dict[str, Any]) -> None:
-    """Put a CompactCache in the place of the empty one that generate() made, which a plan without a cache part leaves."""
+    """Put a CompactCache in the place of the empty one of generate(), which a plan without a cache part leaves."""
     cache, config = model_kwargs.get("past_key_values"), run._adapter.decoder.config
     empty = cache is not None and not isinstance(cache, CompactCache) and not cache.get_seq_length()
     if empty and _replaceable(cache) and attention_kinds(config) == {"full_attention"}:
@@ -251,13 +251,12 @@ class _Chosen:
             self._streamer.end()
         if not self._config.return_dict_in_generate:
             return self.ids
-        from transformers.generation import GenerateDecoderOnlyOutput
+        from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-        return GenerateDecoderOnlyOutput(
-            sequences=self.ids,
-            scores=self._scores,
-            logits=self._logits,
-            attentions=self._attentions,
-            hidden_states=self._hidden,
-            past_key_values=cache,
-        )
+        found: dict[str, Any] = {
+            "scores": self._scores,
+            "logits": self._logits,
+            "attentions": self._attentions,
+        }
+        found |= {"sequences": self.ids, "hidden_states": self._hidden, "past_key_values": cache}
+        return GenerateDecoderOnlyOutput(**found)

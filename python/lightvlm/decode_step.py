@@ -66,7 +66,7 @@ class DecodeStep:
         *,
         positions: Tensor | None = None,
         ahead: int = 1024,
-        capture: Capture | None | str = "auto",
+        capture: Capture | str | None = "auto",
     ) -> None:
         reason = why_not(run, cache)
         if reason is not None:
@@ -128,7 +128,11 @@ class DecodeStep:
             self._loaded = True
         with observe(stats.add_op):  # while the device is at work
             stats.compactions += self._live.advance()
-        if self._capture is not None and self._live.moved and self._addresses != (now := self._live.addresses()):
+        if (
+            self._capture is not None
+            and self._live.moved
+            and self._addresses != (now := self._live.addresses())
+        ):
             self._addresses, self._replay, self._loaded = now, None, False
         stats.add_time("decode", timer.stop())
         return self.logits

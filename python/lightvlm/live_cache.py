@@ -1,9 +1,9 @@
-"""A CompactCache in a loop of decode steps that ask the host for nothing, so that one of them can be captured and replayed.
+"""A CompactCache in a loop of decode steps that ask the host for nothing, so that a step can be captured and replayed.
 
 Where each row's keys stand is on the device, in one tensor for all layers: a step writes its token at the ends it finds
 there and moves them on. The host knows without asking: a step adds one token to every row (:meth:`LiveCache.advance`).
-Between steps the host compacts and packs as it always does, and its bounds go into the same tensor. What a step reads and
-writes keeps its address until a buffer is replaced, which :meth:`LiveCache.addresses` shows.
+Between steps the host compacts and packs as it always does, and its bounds go into the same tensor. What a step reads
+and writes keeps its address until a buffer is replaced, which :meth:`LiveCache.addresses` shows.
 """
 
 from __future__ import annotations
@@ -128,9 +128,9 @@ class LiveCache:
         return short
 
     def advance(self) -> bool:
-        """The host's part of a step that the device has been given: count its token, pack, compact where it is time, and
-        make room for the next. Returns whether anything was compacted; :attr:`moved` then says whether buffers may have
-        been replaced.
+        """The host's part of a step that the device has been given: count its token, pack, compact where it is time,
+        and make room for the next. Returns whether anything was compacted; :attr:`moved` then says whether buffers may
+        have been replaced.
         """
         counted = []
         for layer in self.cache.layers:

@@ -1,8 +1,8 @@
 """A CUDA graph's stand-in on a CPU: the dispatcher's calls while a function runs, made again on the same tensors.
 
 Like a graph, a replay runs nothing of the function's Python, reads its arguments where they lay at capture, and writes
-where the captured results lie. Like a capture, recording leaves no trace in memory. And it refuses what a capture refuses:
-asking the device for a value, and tensors made of data of the host.
+where the captured results lie. Like a capture, recording leaves no trace in memory. And it refuses what a capture
+refuses: asking the device for a value, and tensors made of data of the host.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-REFUSED = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2", "lift_fresh"}
+REFUSED = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "is_nonzero",
+    "equal",
+    "unique",
+    "_unique2",
+    "lift_fresh",
+}
 INDEXED = {"index", "index_put", "index_put_"}
 READS = ("tolist", "cpu", "numpy")
 """Reads that the dispatcher does not see on a CPU."""
@@ -98,7 +107,10 @@ def _no_reads() -> Iterator[None]:
 
 def record(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
     """Captures a function, as ``DecodeStep`` wants it."""
-    with _no_reads(), Recording() as recording:
-        out = function()
-    recording.undo()
+    recording = Recording()
+    try:
+        with _no_reads(), recording:
+            out = function()
+    finally:
+        recording.undo()
     return out, recording.replay

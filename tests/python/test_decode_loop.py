@@ -35,9 +35,7 @@ PACKED = {
     "packed": lightvlm.Plan(precision=KVPrecision(**UNIFORM)),
     "zipvl": lightvlm.Plan(ZIPVL, precision=KVPrecision(**{**UNIFORM, "low_bits": 2, "interval": 128})),
     "some-layers": lightvlm.Plan(precision=KVPrecision(**UNIFORM, edge_bits=16)),
-    "packed-budget": lightvlm.Plan(
-        PREFILL, DecodeCompaction(**EVICTION, interval=8), KVPrecision(**UNIFORM)
-    ),
+    "packed-budget": lightvlm.Plan(PREFILL, DecodeCompaction(**EVICTION, interval=8), KVPrecision(**UNIFORM)),
     "demoted": lightvlm.Plan(
         None, DecodeCompaction(**EVICTION, interval=8, others="demote"), KVPrecision(**UNIFORM)
     ),
@@ -71,7 +69,9 @@ def same_calls(run: lightvlm.Run, model: Any, inputs: dict[str, Any], tokens: in
     first, second = reports
     assert second.stepped_aside == {}
     # transformers' own attention reads whole layers where the model is called
-    assert second.op_calls.pop("decode_attention") == first.op_calls.pop("decode_attention") + DEPTH * (tokens - 1)
+    assert second.op_calls.pop("decode_attention") == first.op_calls.pop("decode_attention") + DEPTH * (
+        tokens - 1
+    )
     assert second.op_calls == {name: 2 * calls for name, calls in first.op_calls.items()}
     assert second.compactions == 2 * first.compactions
     assert second.kv_bytes_used == first.kv_bytes_used
@@ -240,10 +240,16 @@ def test_a_cache_of_ones_own(model: Any, family: Family, captures: bool) -> None
                 assert isinstance(cache, CompactCache)
                 assert cache.get_seq_length() == out.shape[1] - 1
                 ids = torch.cat([out, question], dim=1)
-                mask = torch.cat([inputs["attention_mask"], torch.ones(len(ROWS), 12, dtype=torch.long)], dim=1)
+                mask = torch.cat(
+                    [inputs["attention_mask"], torch.ones(len(ROWS), 12, dtype=torch.long)], dim=1
+                )
                 found.append(
                     call(
-                        input_ids=ids, attention_mask=mask, max_new_tokens=9, do_sample=False, past_key_values=cache
+                        input_ids=ids,
+                        attention_mask=mask,
+                        max_new_tokens=9,
+                        do_sample=False,
+                        past_key_values=cache,
                     )
                 )
     assert all(torch.equal(one, found[0]) for one in found[1:])
@@ -308,7 +314,13 @@ def test_padding_among_later_tokens(llava: Any) -> None:
             out = llava.generate(**inputs, max_new_tokens=5, do_sample=False, past_key_values=cache)
             ids = torch.cat([out, torch.full((len(ROWS), 2), 9)], dim=1)
             found.append(
-                call(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False, past_key_values=cache)
+                call(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=8,
+                    do_sample=False,
+                    past_key_values=cache,
+                )
             )
     assert torch.equal(*found)
     assert any("the attention mask has holes" in reason for reason in run.report().stepped_aside)
@@ -332,7 +344,11 @@ def test_no_graph_where_none_is_wanted(llava: Any, monkeypatch: pytest.MonkeyPat
     ("options", "error", "message"),
     [
         ({"num_beams": 2}, ValueError, "does greedy search and sampling, not beam_search"),
-        ({"prompt_lookup_num_tokens": 3}, ValueError, "does greedy search and sampling, not assisted_generation"),
+        (
+            {"prompt_lookup_num_tokens": 3},
+            ValueError,
+            "does greedy search and sampling, not assisted_generation",
+        ),
         ({"assistant_model": True}, ValueError, "takes no assistant_model; use model.generate"),
         ({"custom_generate": "a/b"}, ValueError, "takes no custom_generate"),
         ({"graph": "yes"}, TypeError, "graph must be \"auto\", True or False, got 'yes'"),
