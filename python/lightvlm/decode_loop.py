@@ -108,10 +108,14 @@ def _decode(
 
 
 def _give_compact_cache(run: Run, model_kwargs: dict[str, Any]) -> None:
-    """Put a CompactCache in the place of the empty one of generate(), which a plan without a cache part leaves."""
-    cache, config = model_kwargs.get("past_key_values"), run._adapter.decoder.config
-    empty = cache is not None and not isinstance(cache, CompactCache) and not cache.get_seq_length()
-    if empty and _replaceable(cache) and attention_kinds(config) == {"full_attention"}:
+    """Put a CompactCache in the place of an empty one, which a plan without a cache part would leave."""
+    cache: Any = model_kwargs.get("past_key_values")
+    config = run._adapter.decoder.config
+    if attention_kinds(config) != {"full_attention"} or isinstance(cache, CompactCache):
+        return
+    if cache is None and model_kwargs.get("use_cache"):  # older transformers leaves it to the model
+        model_kwargs["past_key_values"] = CompactCache(config)
+    elif cache is not None and _replaceable(cache) and cache.get_seq_length() == 0:
         CompactCache(config).take_place_of(cache)
 
 
@@ -212,8 +216,8 @@ class _Chosen:
         self.ids, self._streamer = ids, streamer
         self._processor, self._criteria, self._config = logits_processor, stopping_criteria, config
         self._unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
-        pad = config._pad_token_tensor
-        self._pad = pad.to(ids.device) if pad is not None else None
+        pad = config._pad_token_tensor  # None where there is no end of a sequence either
+        self._pad: Any = pad.to(ids.device) if pad is not None else None
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         wanted = config.return_dict_in_generate
         self._scores: tuple[Tensor, ...] | None = () if wanted and config.output_scores else None

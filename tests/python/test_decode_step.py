@@ -78,8 +78,8 @@ def test_steps_are_calls_of_the_model(wide: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_device_needs_nothing_that_the_host_knows_of_the_rows(wide: Any, name: str) -> None:
-    """Lists of the host are taken away while the device's part of a step runs."""
-    rows, names = [*ROWS, *LONG], ("starts", "ends", "seen", "tail")
+    """Lists of the host are taken away while the device's part of a step runs, and its counts are wrong."""
+    rows, wrong = [*ROWS, *LONG], {"starts": None, "ends": None, "seen": 10**6, "tail": -1}
     expected = steps_of(wide, EVERY[name], rows, 70, capture=None)
     with torch.no_grad(), lightvlm.attach(wide, EVERY[name]) as run:
         cache = read_prompt(wide, run, rows).past_key_values
@@ -87,9 +87,9 @@ def test_the_device_needs_nothing_that_the_host_knows_of_the_rows(wide: Any, nam
             device = decode._compute
 
             def poisoned() -> Tensor:
-                known = [{name: layer.__dict__[name] for name in names} for layer in cache.layers]
+                known = [{name: layer.__dict__[name] for name in wrong} for layer in cache.layers]
                 for layer in cache.layers:
-                    layer.__dict__.update(dict.fromkeys(names))
+                    layer.__dict__.update(wrong)
                 try:
                     return device()
                 finally:
