@@ -15,6 +15,7 @@ from lightvlm_ext._version import __version__
 
 if TYPE_CHECKING:
     from .cache import CompactCache
+    from .decode_loop import generate
     from .kl import Divergence, divergence
     from .methods import KVPrecision, LightVLM, Random, ZipVL, method, method_names
     from .plan import Plan
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "attach",
     "divergence",
+    "generate",
     "method",
     "method_names",
 ]
@@ -51,6 +53,7 @@ _HOME = {
     "ZipVL": "methods",
     "attach": "runtime",
     "divergence": "kl",
+    "generate": "decode_loop",
     "method": "methods",
     "method_names": "methods",
 }

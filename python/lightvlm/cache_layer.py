@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from lightvlm_ext.ops import KVSegment, PackedKV
 
 from .host import upload
 from .packed_store import PackedStore
+
+if TYPE_CHECKING:
+    from .live_cache import LiveLayer
 
 SLACK = 128
 """Free rows that a growing buffer starts with, so that short answers never reallocate."""
@@ -28,6 +31,7 @@ class CompactLayer(CacheLayerMixin):
     dropped: whether tokens are gone for good.   packed: what left the buffer for segments of fewer bits, or None.
     wants_mass: whether attention shall add up what each stored token receives;   mass (B, Hkv, capacity) fp32: that sum
     for the buffer (packed tokens have theirs in ``packed``), or None.
+    live: in a loop of decode steps that ask the host for nothing, what they need on the device; None elsewhere.
     """
 
     is_sliding = False
@@ -56,6 +60,7 @@ class CompactLayer(CacheLayerMixin):
         self.mass: Tensor | None = None
         self._queries: list[Tensor] = []
         self._bounds: tuple[Tensor, Tensor] | None = None
+        self.live: LiveLayer | None = None
 
     # transformers reads the stored states of a layer through these names
     @property
@@ -104,6 +109,8 @@ class CompactLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append (B, Hkv, S, D) states; returns all stored ones, (B, Hkv, N, D)."""
+        if self.live is not None and self.live.stepping:
+            return self.live.write(self, key_states, value_states)
         self.check_room(key_states, value_states)
         first, new = not self.is_initialized, key_states.shape[2]
         if first:
@@ -166,7 +173,7 @@ class CompactLayer(CacheLayerMixin):
                 )
 
     def check_capacity(self, new: int) -> None:
-        """Raise a ValueError unless there may be so many more tokens."""
+        """Raise a ValueError where a fixed capacity has no room for so many tokens more."""
         if self.capacity is not None and self.held + new > self.capacity:
             raise ValueError(
                 f"capacity of the cache is {self.capacity} tokens; this step needs {self.held + new}"
@@ -216,6 +223,8 @@ class CompactLayer(CacheLayerMixin):
         """starts and ends as (B,) int32 on the device."""
         if self._bounds is None:
             both = upload([self.starts, self.ends], self.key_storage.device)
+            if self.live is not None:  # whoever holds its bounds sees them change
+                both = self.live.bounds.copy_(both)
             self._bounds = (both[0], both[1])
         return self._bounds
 
@@ -225,25 +234,48 @@ class CompactLayer(CacheLayerMixin):
         if not self.query_rows:
             return
         self.scale = scale
+        if self.live is not None and self.live.stepping:
+            return self.live.remember(query)
         self._queries.append(query[:, -self.query_rows :].clone())
         del self._queries[: -self.query_rows]
 
     def recent_queries(self) -> Tensor:
         """The last ``query_rows`` queries (B, W, Hq, D), oldest first; fewer where fewer were remembered."""
+        if self.live is not None and self.live.queries is not None:
+            return self.live.queries[:, self.query_rows - self.live.remembered :]
         if not self._queries:
             return self.key_storage.new_empty(len(self.ends), 0, 1, self.key_storage.shape[-1])
         return torch.cat(self._queries, dim=1)[:, -self.query_rows :]
 
     def buffer(self) -> tuple[Tensor, Tensor]:
         """Keys and values (B, N, Hkv, D) that are not packed, views; row b's stand at [starts[b], ends[b])."""
-        used = max(self.ends)
-        return self.key_storage[:, :used], self.value_storage[:, :used]
+        return self.key_storage[:, : self.used], self.value_storage[:, : self.used]
+
+    @property
+    def used(self) -> int:
+        """Places of the buffer that are looked at: all where only the device knows the ends."""
+        return self.key_storage.shape[1] if self.stepping else max(self.ends)
+
+    @property
+    def stepping(self) -> bool:
+        """Whether a step is under way that must not look at what the host knows of the rows."""
+        return self.live is not None and self.live.stepping
+
+    @property
+    def whole(self) -> bool:
+        """Whether every place of :meth:`buffer` is valid in every row, as far as the host knows."""
+        return not (self.stepping or any(self.starts) or len(set(self.ends)) > 1)
+
+    @property
+    def reads_itself(self) -> bool:
+        """Whether attention follows what is stored, not the 2-D mask."""
+        return self.ragged or self.mass is not None or self.stepping
 
     def segments(self, behind: int = 0) -> list[KVSegment | PackedKV]:
         """What decode_attention reads: all that is stored, but for each row's last ``behind`` tokens."""
         key, value = self.buffer()
         packed = self.packed.segments() if self.packed is not None else []
-        if not behind and not any(self.starts) and len(set(self.ends)) == 1:
+        if not behind and self.whole:
             return [*packed, KVSegment(key, value)]
         starts, ends = self.bounds()
         return [*packed, KVSegment(key, value, lens=ends - behind if behind else ends, leftpad=starts)]
@@ -253,7 +285,7 @@ class CompactLayer(CacheLayerMixin):
         if self.mass is None:
             return None
         packed = self.packed.masses() if self.packed is not None else []
-        return [*packed, self.mass[:, :, : max(self.ends)]]
+        return [*packed, self.mass[:, :, : self.used]]
 
     def scores(self, rows: int | None) -> Tensor | None:
         """Attention that each token of the buffer received, (B, N) fp32, mean over heads; None where none is known.
@@ -291,6 +323,14 @@ class CompactLayer(CacheLayerMixin):
             if received is not None and self.mass is not None:
                 self.mass[row, :, : received.shape[1]] = received
         self.compacted(ends, min(ends))
+
+    @property
+    def room_to_pack(self) -> int:
+        """Generated tokens that may have to be packed yet, where that is known; 0 elsewhere."""
+        assert self.packed is not None
+        if self.capacity is not None:
+            return max(0, self.capacity - self.packed.counts[0])
+        return max(self.ends) + self.live.expected if self.live is not None else 0
 
     def unpacked(self, leftpad: list[int]) -> tuple[Tensor, Tensor]:
         """All keys and values (B, Hkv, seen, D) in their order, in 16 bits; zeros where row b has its padding."""

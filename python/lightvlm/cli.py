@@ -28,7 +28,7 @@ COMMANDS = {
     "doctor": "what is built, found and usable here, and what is missing",
 }
 _LONGEST = 500  # characters of a message; some libraries print whole objects
-_MODULES = {"methods": "catalogue"}  # where a command's module is not named as it is
+_MODULES = {"generate": "answer", "methods": "catalogue"}  # where a command's module is not named as it is
 
 
 class _Parser(argparse.ArgumentParser):

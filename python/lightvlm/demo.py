@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .generate import pick_device
+from .answer import pick_device
 from .terminal import print_table, progress
 
 if TYPE_CHECKING:

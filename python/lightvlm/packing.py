@@ -209,7 +209,7 @@ def _pack_oldest(
         assert layer.packed is not None
         levels, (key, value), mass = part.levels(index, len(layers)), taken[index], masses[index]
         high = important.get(index, part.interval)
-        room = max(0, layer.capacity - layer.packed.counts[0]) if layer.capacity is not None else 0
+        room = layer.room_to_pack
         if high == part.interval:
             layer.packed.append(key, value, levels[0], mass, room)
             continue

@@ -31,6 +31,7 @@ class Report:
         seconds: per phase ("prefill", "decode"); the model's time, images included, without the language-model head.
         op_calls, op_seconds: per op; on a GPU seconds are left out, because measuring them would synchronise.
         compactions: times the cache was compacted while decoding.
+        graph: of :func:`lightvlm.generate`, where a CUDA graph did the steps: "captures", and "replays" (tokens).
         kl: KL divergence of the plan's next-token distributions from the full model's: {"mean", "max", "agreement",
             "tokens"}, as :meth:`lightvlm.Run.divergence` found it last; None where it was never asked.
         stepped_aside: reason -> times that a plan, or a part of it, did not apply.
@@ -55,6 +56,7 @@ class Report:
     op_calls: dict[str, int] = field(default_factory=dict)
     op_seconds: dict[str, float] = field(default_factory=dict)
     compactions: int = 0
+    graph: dict[str, int] = field(default_factory=dict)
     kl: dict[str, float | int] | None = None
     stepped_aside: dict[str, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
@@ -81,6 +83,10 @@ class Report:
             ("read anew for later questions", f"{self.reread}x, {_bytes(self.later_bytes)} kept for it"),
             *self._kl_rows(),
         ]  # fmt: skip
+        if self.graph:
+            rows.append(
+                ("decode steps from a CUDA graph", "{replays}, captured {captures}x".format(**self.graph))
+            )
         rows += [(f"{phase} time", f"{seconds * 1e3:.1f} ms") for phase, seconds in self.seconds.items()]
         for name, calls in sorted(self.op_calls.items()):
             seconds = self.op_seconds.get(name)

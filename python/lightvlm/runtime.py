@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -198,6 +198,16 @@ class Run:
         finally:
             self._put_on()
         return self._divergence
+
+    @contextlib.contextmanager
+    def reading(self, cache: CompactCache) -> Iterator[None]:
+        """Let the decoder's layers fill and read ``cache`` without a call of the base model."""
+        self._forget()
+        self._cache = cache
+        try:
+            yield
+        finally:
+            self._cache = None
 
     # -- hooks
     # -------------------------------------------------------------------------------------------------
@@ -391,7 +401,7 @@ class Run:
                 shortened = self._prefill is not None and self._prefill.reduced
                 tail = level.tail if level is not None and shortened else self._layout.length
                 layer.begin(starts, self._layout.length, tail, shortened)
-        elif layer is not None and (layer.ragged or layer.mass is not None):
+        elif layer is not None and layer.reads_itself:
             out = attend_stored(query, layer, scale)
         else:
             out, weights = call(module, query, key, value, mask, **kwargs)

@@ -73,7 +73,7 @@ class Statistics:
         self._attention_flops = self._full_attention_flops = 0
         self._sparse: list[tuple[int, list[int], torch.Tensor]] = []
         self._aside: Counter[str] = Counter()
-        self.compactions = 0
+        self.compactions = self.captures = self.replays = 0
         self._reread = self._later_bytes = 0
         self.errors: list[str] = []
 
@@ -100,6 +100,10 @@ class Statistics:
         self._op_calls[call.name] += 1
         if call.seconds is not None:
             self._op_seconds[call.name] = self._op_seconds.get(call.name, 0.0) + call.seconds
+
+    def add_calls(self, calls: Counter[str]) -> None:
+        """Count calls that a captured step makes by itself."""
+        self._op_calls.update(calls)
 
     def add_prompt(self, layout: BatchLayout, prefill: Prefill | None) -> None:
         self._rows += len(layout.rows)
@@ -171,6 +175,7 @@ class Statistics:
             op_calls=dict(self._op_calls),
             op_seconds=dict(self._op_seconds),
             compactions=self.compactions,
+            graph={"captures": self.captures, "replays": self.replays} if self.captures else {},
             stepped_aside=dict(self._aside),
             errors=list(self.errors),
         )

@@ -136,6 +136,13 @@ class Transcript:
         self._ids[:, start : self.length] = ids
         self._positions[:, :, start : self.length] = positions
 
+    def add_decoded(self, ids: Tensor, after: Tensor) -> None:
+        """Add the ids (B, S) of tokens that were decoded one by one; ``after`` (B, 1) or (axes, B, 1): the position
+        behind the last of them."""
+        self._call, new = (), ids.shape[1]
+        positions = after - new + torch.arange(new, device=ids.device)
+        self.add(ids, ids[..., None], positions.expand(*positions.shape[:-2], *ids.shape), False)
+
     def add_kinds(self, new: Tensor) -> None:
         """Say what the tokens are that :meth:`add` will add next: codes (B, S) int32 on the CPU (see ``layout``), the
         images numbered from the first. Where rows have changed places, the device is asked how."""

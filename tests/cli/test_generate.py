@@ -6,7 +6,7 @@ import lightvlm
 import numpy as np
 import pytest
 import torch
-from lightvlm import generate
+from lightvlm import answer
 from lightvlm.catalogue import make_plan, parse_options
 from lightvlm.processing import QwenImages, encode, load_processor
 from PIL import Image
@@ -165,7 +165,7 @@ def test_images_are_turned_as_the_camera_says(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6  # turn by a quarter
     image.save(tmp_path / "turned.jpg", exif=exif)
-    assert generate.read_image(str(tmp_path / "turned.jpg")).size == (20, 40)
+    assert answer.read_image(str(tmp_path / "turned.jpg")).size == (20, 40)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -72,6 +72,26 @@ def test_generate_goes_on(model: Any, family: Family, name: str) -> None:
     assert run.report().stepped_aside == {}
 
 
+@pytest.mark.parametrize("name", ["reduced", "compacted"])
+def test_what_the_decode_loop_said_is_remembered(model: Any, family: Family, name: str) -> None:
+    """lightvlm.generate() goes around the model while it decodes; a question afterwards has it all read anew."""
+    with lightvlm.attach(model, PLANS[name]) as run:
+        prompt_ = family.batch([ROWS[2]])
+        out = lightvlm.generate(
+            model, **prompt_, max_new_tokens=9, do_sample=False, return_dict_in_generate=True
+        )
+        new = len(out.sequences[0]) - prompt_["input_ids"].shape[1]
+        whole = family.batch([[*ROWS[2], *out.sequences[0, -new:].tolist(), 40, 41, 42]])
+        ids = whole["input_ids"]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        found = lightvlm.generate(
+            model, **inputs, max_new_tokens=9, do_sample=False, past_key_values=out.past_key_values
+        )
+        assert run.report().reread == 1
+        assert run.report().stepped_aside == {}
+        assert torch.equal(found[:, -9:], generate(model, whole, 9))
+
+
 @pytest.mark.parametrize(
     "options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}], ids=str
 )

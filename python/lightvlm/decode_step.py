@@ -1,0 +1,191 @@
+"""One decode step that asks the host for nothing: one token a row through the decoder, its head, and a live cache.
+
+On a GPU the step is captured in a CUDA graph and replayed, so that a token costs one launch of the host. Compaction and
+packing happen between steps; the graph is captured anew only where they replaced a buffer. Elsewhere the same function
+runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightvlm_ext import OpCall, observe
+
+from .cache import CompactCache
+from .live_cache import LiveCache
+from .statistics import Timer
+
+if TYPE_CHECKING:
+    from .runtime import Run
+
+Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
+"""Captures a function without running it: (what it will have returned, the replay)."""
+
+
+def capture_cuda(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+    """Capture with torch.cuda.CUDAGraph, in a memory pool of its own."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on using the device
+        out = function()
+    return out, graph.replay
+
+
+def capture_on(device: torch.device) -> Capture | None:
+    """What captures a step on a device; None: nothing does."""
+    return capture_cuda if device.type == "cuda" else None
+
+
+class DecodeStep:
+    """Decode steps on a filled cache; a context manager, at whose end the cache is one as any other again.
+
+    >>> with DecodeStep(run, cache, positions=positions) as decode:
+    ...     logits = decode.step(tokens)
+
+    Args:
+        run: attached to the model.
+        cache: filled through that run, so that where each row's keys stand is known.
+        positions: of the next token, as the decoder takes them: (B, 1), or (axes, B, 1), int64. Default: behind the
+            tokens seen, padding left out.
+        ahead: steps that will come at most; more are possible, at the cost of moving buffers.
+        capture: what captures the step; None: it is run as it is. Default: a CUDA graph on a GPU, None elsewhere.
+
+    Raises:
+        ValueError: the cache cannot be stepped like that (:func:`why_not`); nothing is changed.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        cache: CompactCache,
+        *,
+        positions: Tensor | None = None,
+        ahead: int = 1024,
+        capture: Capture | str | None = "auto",
+    ) -> None:
+        reason = why_not(run, cache)
+        if reason is not None:
+            raise ValueError(f"cache cannot be stepped: {reason}")
+        adapter, layer = run._adapter, cache.layers[0]
+        device = layer.key_storage.device
+        if positions is None:
+            seen = [layer.seen - pad for pad in cache.leftpad]
+            positions = torch.tensor(seen, device=device)[:, None]
+        if isinstance(capture, str):
+            capture = capture_on(device)
+        self._run, self._cache, self._capture = run, cache, capture
+        self._decoder, self._head = adapter.decoder, adapter.model.get_output_embeddings()
+        self._tokens = torch.zeros(layer.batch_size, 1, dtype=torch.int64, device=device)
+        self._positions = positions.clone()
+        # Four axes: transformers takes such a mask as it is, whatever the attention; a live cache says what is valid.
+        self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        self._replay: Callable[[], object] | None = None
+        self._calls: Counter[str] = Counter()
+        self._loaded = False
+        self._said: list[Tensor] = []
+        self.logits = torch.empty(0)
+        """(B, V) in the model's dtype: of the last step, until the next."""
+        self._live = LiveCache(cache, ahead, int(adapter.decoder.config.num_attention_heads))
+        self._addresses = self._live.addresses()
+
+    def __enter__(self) -> DecodeStep:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the cache be used as any other. Harmless when called twice."""
+        self._replay = None
+        self._live.close()
+        if self._said and self._cache.transcript is not None:
+            self._cache.transcript.add_decoded(torch.cat(self._said, dim=1), self._positions)
+            self._said = []
+        self._run._stats.add_cache(self._cache)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits (B, V) after one token a row, (B, 1) or (B,) integers; they stay until the next step.
+
+        Raises:
+            ValueError: a fixed capacity of the cache is used up; nothing is changed.
+        """
+        self._live.check_room()
+        self._tokens.copy_(tokens.reshape(-1, 1))
+        if self._cache.transcript is not None:
+            self._said.append(self._tokens.clone())
+        timer, stats = Timer(self._tokens.device), self._run._stats
+        if self._capture is not None and self._replay is None and self._loaded:
+            self._take(self._capture)
+        if self._replay is not None:
+            self._replay()
+            stats.replays += 1
+            stats.add_calls(self._calls)
+        else:
+            with observe(stats.add_op):
+                self.logits = self._compute()
+            self._loaded = True
+        with observe(stats.add_op):  # while the device is at work
+            stats.compactions += self._live.advance()
+        if (
+            self._capture is not None
+            and self._live.moved
+            and self._addresses != (now := self._live.addresses())
+        ):
+            self._addresses, self._replay, self._loaded = now, None, False
+        stats.add_time("decode", timer.stop())
+        return self.logits
+
+    def _compute(self) -> Tensor:
+        """The device's part: all that a graph holds."""
+        with self._run.reading(self._cache), self._live.step():
+            hidden = self._decoder(
+                input_ids=self._tokens,
+                attention_mask=self._mask,
+                position_ids=self._positions,
+                past_key_values=self._cache,
+                use_cache=True,
+            )[0]
+            self._positions += 1
+            logits: Tensor = self._head(hidden)[:, -1]
+            return logits
+
+    def _take(self, capture: Capture) -> None:
+        """Capture the step, after one on the same buffers that was run as it is and has loaded all that it needs."""
+        calls: list[OpCall] = []
+        try:
+            with observe(calls.append):
+                self.logits, self._replay = capture(self._compute)
+        except Exception as error:  # whatever it is, the step can still be run as it is
+            self._capture = None
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._run._stats.step_aside(f"the decode step cannot be captured: {reason}")
+            return
+        self._calls = Counter(call.name for call in calls)
+        self._run._stats.captures += 1
+
+
+def why_not(run: Run, cache: object) -> str | None:
+    """Why a cache cannot be stepped on the device alone; None where it can."""
+    if not run.attached:
+        return "the run is detached"
+    if not isinstance(cache, CompactCache):
+        return f"a {type(cache).__name__} holds the keys, not a CompactCache"
+    if any(not layer.is_initialized for layer in cache.layers):
+        return "it is empty"
+    if cache.run is None or cache.run() is not run:
+        return "another run filled it, or none"
+    if len(cache.leftpad) != cache.layers[0].batch_size:
+        return "the padding of its rows is not known"
+    if any(layer.live is not None for layer in cache.layers):
+        return "it is being stepped already"
+    if len({layer.key_storage.device for layer in cache.layers}) > 1:
+        return "its layers are on several devices"
+    return None
