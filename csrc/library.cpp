@@ -44,8 +44,9 @@ STABLE_TORCH_LIBRARY(lightvlm, m) {
         "()");
     m.def(
         "decode_attention(Tensor query, Tensor[] key, Tensor[] value, int[] bits, int[] block, "
-        "Tensor?[] lens, Tensor?[] leftpad, Tensor?[] key_scale, Tensor?[] key_zero, "
-        "Tensor?[] value_channel, Tensor?[] value_token, float scale, Tensor(a!)[] mass, "
+        "Tensor?[] lens, Tensor?[] leftpad, Tensor?[] block_table, Tensor?[] key_scale, "
+        "Tensor?[] key_zero, Tensor?[] value_channel, Tensor?[] value_token, float scale, "
+        "Tensor(a!)[] mass, "
         "int[] mass_segment, Tensor(b!) out, Tensor(c!) lse, Tensor(d!)? workspace, "
         "Tensor(e!)? ticket, Tensor(f!)? error) -> ()");
     m.def(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from . import _checks
-from ._kv import PACKED_HEAD_DIMS, KVSegment, PackedKV, check_packed
+from ._kv import PACKED_HEAD_DIMS, PAGE_SIZES, KVSegment, PackedKV, check_packed
 
 MAX_SEGMENTS = 12  # kDecodeMaxSegments
 
@@ -17,7 +17,8 @@ MAX_SEGMENTS = 12  # kDecodeMaxSegments
 class DecodeArgs:
     """Checked arguments; a list has an entry for each segment.
 
-    key, value: (B, N, Hkv, D) of a dense segment, codes (B, Hkv, N, row_bytes) of a packed one.
+    key, value: (B, N, Hkv, D) of a dense segment, pages (P, page_size, Hkv, D) of a dense one with a block table, codes
+    (B, Hkv, N, row_bytes) of a packed one.
     bits: 0 of a dense segment.   mass: buffers, and mass_segment the segments they belong to.
     """
 
@@ -29,6 +30,7 @@ class DecodeArgs:
     block: list[int] = field(default_factory=list)
     lens: list[torch.Tensor | None] = field(default_factory=list)
     leftpad: list[torch.Tensor | None] = field(default_factory=list)
+    block_table: list[torch.Tensor | None] = field(default_factory=list)
     key_scale: list[torch.Tensor | None] = field(default_factory=list)
     key_zero: list[torch.Tensor | None] = field(default_factory=list)
     value_channel: list[torch.Tensor | None] = field(default_factory=list)
@@ -37,8 +39,10 @@ class DecodeArgs:
     mass_segment: list[int] = field(default_factory=list)
 
     def tokens(self, segment: int) -> int:
-        """Tokens that the segment has room for."""
-        return self.key[segment].shape[2 if self.bits[segment] else 1]
+        """Tokens of a batch row that the segment has room for."""
+        table = self.block_table[segment]
+        blocks = 1 if table is None else table.shape[1]
+        return blocks * self.key[segment].shape[2 if self.bits[segment] else 1]
 
     def key_heads(self) -> int:
         """Key heads; without segments, the query's."""
@@ -92,8 +96,15 @@ def _add_dense(args: DecodeArgs, segment: KVSegment, name: str) -> None:
     query = args.query
     key = _checks.tensor(segment.key, f"{name}.key")
     value = _checks.tensor(segment.value, f"{name}.value")
-    _checks.shape(key, f"{name}.key", (query.shape[0], "N", "Hkv", query.shape[3]))
-    _check_segment(args, key, f"{name}.key", tokens=key.shape[1], heads=key.shape[2])
+    table = segment.block_table
+    if table is None:
+        _checks.shape(key, f"{name}.key", (query.shape[0], "N", "Hkv", query.shape[3]))
+    else:
+        table = _block_table(table, f"{name}.block_table", query)
+        _checks.shape(key, f"{name}.key", ("P", "page_size", "Hkv", query.shape[3]))
+        _check_pages(key, f"{name}.key")
+    tokens = key.shape[1] * (1 if table is None else table.shape[1])
+    _check_segment(args, key, f"{name}.key", tokens=tokens, heads=key.shape[2])
     _checks.shape(value, f"{name}.value", tuple(key.shape))
     for tensor, field_name in ((key, f"{name}.key"), (value, f"{name}.value")):
         _checks.dtype(tensor, field_name, query.dtype)
@@ -105,6 +116,7 @@ def _add_dense(args: DecodeArgs, segment: KVSegment, name: str) -> None:
     args.block.append(0)
     args.lens.append(_positions(segment.lens, f"{name}.lens", query))
     args.leftpad.append(_positions(segment.leftpad, f"{name}.leftpad", query))
+    args.block_table.append(table)
     for of_channel in (args.key_scale, args.key_zero, args.value_channel, args.value_token):
         of_channel.append(None)
 
@@ -125,6 +137,7 @@ def _add_packed(args: DecodeArgs, packed: PackedKV, name: str) -> None:
     args.block.append(packed.block)
     args.lens.append(_positions(packed.lens, f"{name}.lens", query))
     args.leftpad.append(None)
+    args.block_table.append(None)
     # A few numbers for each head and block: worth a copy where they are strided.
     args.key_scale.append(packed.key_scale.contiguous())
     args.key_zero.append(packed.key_zero.contiguous())
@@ -137,6 +150,26 @@ def _check_segment(args: DecodeArgs, tensor: torch.Tensor, name: str, *, tokens:
         raise ValueError(f"{name}: has {tokens} tokens, must have at most {_checks.INT32_MAX}")
     if args.key and heads != args.key_heads():
         raise ValueError(f"{name}: has {heads} heads, must have {args.key_heads()} as segments[0]")
+
+
+def _block_table(value: object, name: str, query: torch.Tensor) -> torch.Tensor:
+    tensor = _checks.tensor(value, name)
+    _checks.dtype(tensor, name, torch.int32)
+    _checks.shape(tensor, name, (query.shape[0], "max_blocks"))
+    _checks.same_device(tensor, name, query, "query")
+    _checks.last_contiguous(tensor, name)
+    return tensor
+
+
+def _check_pages(pages: torch.Tensor, name: str) -> None:
+    count, size = pages.shape[:2]
+    if size not in PAGE_SIZES:
+        raise ValueError(
+            f"{name}: has page_size {size}, must be a multiple of {PAGE_SIZES.step} from {PAGE_SIZES[0]} to "
+            f"{PAGE_SIZES[-1]}"
+        )
+    if count > _checks.INT32_MAX:
+        raise ValueError(f"{name}: has {count} pages, must have at most {_checks.INT32_MAX}")
 
 
 def _positions(value: object, name: str, query: torch.Tensor) -> torch.Tensor | None:

@@ -11,21 +11,34 @@ from . import _checks
 
 PACKED_BITS = (8, 4, 2)
 PACKED_BLOCK = 64
+PAGE_SIZES = range(16, 257, 16)  # of decode_attention, which looks a page up for 16 tokens at a time
 PACKED_HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True)
 class KVSegment:
-    """Keys and values in 16 or 32 bit.
+    """Keys and values in 16 or 32 bit, each batch row's in a piece or in pages.
 
     key, value: (B, N, Hkv, D), any strides with contiguous channels.
+        With block_table they are pages: (P, page_size, Hkv, D), any strides with contiguous channels; page_size is a
+        multiple of 16 from 16 to 256. Token n of batch row b lies in page block_table[b, n // page_size], at
+        n % page_size. Rows may name the same page.
     lens: (B,) int32, end of each row's valid tokens; None: N.   leftpad: (B,) int32, where they begin; None: 0.
+    block_table: (B, max_blocks) int32, contiguous blocks; N = max_blocks * page_size. Entries without a valid token
+        are not read. None: not in pages.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     lens: torch.Tensor | None = None
     leftpad: torch.Tensor | None = None
+    block_table: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """N, the tokens there is room for in a batch row."""
+        blocks = 1 if self.block_table is None else self.block_table.shape[1]
+        return blocks * self.key.shape[1]
 
 
 @dataclass(frozen=True)

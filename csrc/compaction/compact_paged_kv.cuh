@@ -20,11 +20,11 @@
 
 #include "common/block.cuh"
 #include "common/device_error.cuh"
+#include "common/divisor.h"
 #include "common/host_device.h"
 #include "common/launch.h"
 #include "compaction/compact_chain.cuh"
 #include "compaction/compact_paged_kv.h"
-#include "compaction/divisor.h"
 
 namespace lightvlm {
 

@@ -102,7 +102,7 @@ void set_workspace(DecodeArguments* arguments) {
     const int64_t weights =
         params.batch * params.key_heads * arguments->slots * decode_even(params.group());
     arguments->finals = next;
-    next += params.units() * 2 * kDecodeHeadTile;
+    next += params.units() * kDecodeFinals;
     arguments->weight_maxima = next;
     next += weights / kDecodeStep;
     arguments->weights = next;
@@ -158,7 +158,7 @@ int64_t decode_attention_cuda_workspace(const DecodeAttentionParams& params) {
         const int64_t numbers = params.dtype == DType::kFloat32 ? 2 : 1;  // in half floats
         floats += params.batch * params.key_heads * decode_even(params.group()) *
                       (slots * numbers / 2 + slots / kDecodeStep) +
-                  params.units() * 2 * kDecodeHeadTile;
+                  params.units() * kDecodeFinals;
     }
     return floats * int64_t{sizeof(float)};
 }
@@ -182,6 +182,9 @@ cudaError_t launch_decode_attention_cuda(const DecodeAttentionParams& params, cu
         arguments.plan[s].first_slot = arguments.slots;
         arguments.slots += segment_slots(params.segment[s]);
         set_units(params, params.segment[s], &arguments.plan[s]);
+        if (!params.segment[s].paged()) continue;
+        arguments.plan[s].page_size = Divisor(params.segment[s].page_size);
+        arguments.paged = true;
     }
     set_workspace(&arguments);
     return params.dtype == DType::kFloat32 ? launch_width<true>(&arguments, stream)

@@ -134,6 +134,7 @@ __global__ void __launch_bounds__(decode_warps(kWidth) * kWarpThreads,
 
     if (threadIdx.x < params.segments) read_decode_row(params, b, threadIdx.x, &shared.row);
     __syncthreads();
+    if (arguments.paged) check_decode_pages(arguments, b, &shared.row);
     const DecodeWork work(arguments, shared.row);
     if (split >= work.splits) return;
 
@@ -142,6 +143,7 @@ __global__ void __launch_bounds__(decode_warps(kWidth) * kWarpThreads,
     unit.first_head = int64_t{key_row} * arguments.group + head_tile * kDecodeHeadTile;
     unit.heads = min(arguments.group - head_tile * static_cast<int>(kDecodeHeadTile),
                      static_cast<int>(kDecodeHeadTile));
+    unit.segments = decode_segments(params, shared.row);
     load_decode_query(params, b, unit.first_head - b * params.query_heads, unit.heads, &shared);
     __syncthreads();
 

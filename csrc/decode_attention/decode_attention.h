@@ -23,6 +23,10 @@ constexpr int packed_bits(KVFormat format) {
 // A launch takes them by value, within the 4 KiB that a kernel's arguments may have.
 constexpr int64_t kDecodeMaxSegments = 12;
 
+// Pages hold a multiple of it, so that as many tokens, from a multiple of it on, lie in one.
+constexpr int64_t kDecodePageGroup = 16;
+constexpr int64_t kDecodeMaxPageSize = 256;
+
 constexpr int64_t kDecodeHeadTile = 8;  // the columns of mma.m16n8k16
 
 // Strides in elements for dense segments, in bytes for codes. A token's row is contiguous. Absent
@@ -30,9 +34,9 @@ constexpr int64_t kDecodeHeadTile = 8;  // the columns of mma.m16n8k16
 struct KVSegmentParams {
     KVFormat format = KVFormat::kFloat32;
     int64_t tokens = 0;
-    const void* key = nullptr;  // [batch, tokens, key_heads, head_dim] in any order of strides
-    const void* value = nullptr;
-    int64_t key_batch_stride = 0;
+    const void* key = nullptr;  // [batch, tokens, key_heads, head_dim] in any order of strides, or
+    const void* value = nullptr;   // [pages, page_size, key_heads, head_dim] of a paged segment
+    int64_t key_batch_stride = 0;  // from page to page where paged, as for values
     int64_t key_token_stride = 0;
     int64_t key_head_stride = 0;
     int64_t value_batch_stride = 0;
@@ -40,6 +44,13 @@ struct KVSegmentParams {
     int64_t value_head_stride = 0;
     const int32_t* lens = nullptr;     // [batch]
     const int32_t* leftpad = nullptr;  // [batch]; dense segments only
+
+    // Paged segments only, which are dense: token n of row b is in page block_table[b, n /
+    // page_size], at n % page_size.
+    const int32_t* block_table = nullptr;  // [batch, tokens / page_size]; blocks are contiguous
+    int64_t block_table_stride = 0;
+    int32_t page_size = 0;
+    int32_t pages = 0;
 
     // Packed segments only.
     int64_t block = 0;                 // tokens that share channel parameters
@@ -55,6 +66,8 @@ struct KVSegmentParams {
     float* mass = nullptr;  // [batch, key_heads, tokens], added to; tokens are contiguous
     int64_t mass_batch_stride = 0;
     int64_t mass_head_stride = 0;
+
+    LIGHTVLM_HOST_DEVICE bool paged() const { return page_size != 0; }
 };
 
 struct DecodeAttentionParams {

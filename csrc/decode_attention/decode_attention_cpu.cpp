@@ -11,12 +11,14 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "common/parallel.h"
 #include "decode_attention/decode_attention.h"
 #include "decode_attention/decode_bf16_cpu.h"
 #include "decode_attention/decode_float_cpu.h"
 #include "decode_attention/decode_packed_cpu.h"
+#include "decode_attention/decode_pages_cpu.h"
 #include "decode_attention/decode_softmax_cpu.h"
 #include "decode_attention/decode_span_cpu.h"
 
@@ -37,12 +39,21 @@ constexpr float kNothing = -std::numeric_limits<float>::infinity();
 constexpr float kLn2 = 0.693147181f;
 constexpr float kLog2E = 1.44269504f;
 
-int64_t dense_bytes(KVFormat format) { return format == KVFormat::kFloat32 ? 4 : 2; }
+// Of what strides count.
+int64_t element_bytes(KVFormat format) {
+    return is_packed(format) ? 1 : format == KVFormat::kFloat32 ? 4 : 2;
+}
 
 struct TokenRange {
     int64_t begin;
     int64_t end;
 };
+
+// Of a batch row; not checked.
+TokenRange valid_tokens(const KVSegmentParams& segment, int64_t b) {
+    return {segment.leftpad != nullptr ? segment.leftpad[b] : 0,
+            segment.lens != nullptr ? segment.lens[b] : segment.tokens};
+}
 
 // How the workspace is laid out; everything in floats.
 struct Layout {
@@ -205,11 +216,9 @@ class Decoder {
     }
     // The valid tokens of a slot.
     TokenRange slot_tokens(int64_t b, int64_t s, int64_t slot) const {
-        const KVSegmentParams& segment = params_.segment[s];
         const int64_t first = (slot - layout_.first_slot[s]) * kItemTokens;
-        const int64_t begin = segment.leftpad != nullptr ? segment.leftpad[b] : 0;
-        const int64_t end = segment.lens != nullptr ? segment.lens[b] : segment.tokens;
-        return {std::max(first, begin), std::min(first + kItemTokens, end)};
+        const TokenRange valid = valid_tokens(params_.segment[s], b);
+        return {std::max(first, valid.begin), std::min(first + kItemTokens, valid.end)};
     }
     // Weights and maxima of the group in the span that begins with token `begin`.
     float* span_weights(const Part& part, int64_t begin) const {
@@ -234,25 +243,29 @@ class Decoder {
         span.bits = is_packed(segment.format) ? packed_bits(segment.format) : 0;
         span.heads = static_cast<int>(heads);
         span.head_dim = params_.head_dim;
+        span.in_pages = segment.paged();
         span.channels = layout_.channels;
         span.unit = params_.scale * kLog2E;
-        const int64_t size = is_packed(segment.format) ? 1 : dense_bytes(segment.format);
-        span.key_stride = segment.key_token_stride * size;
-        span.value_stride = segment.value_token_stride * size;
         span.value_token_stride = segment.value_token_token_stride;
         return span;
     }
 
+    // pages: of a paged segment, else null.
     void set_tokens(const KVSegmentParams& segment, int64_t b, int64_t kv, TokenRange tokens,
-                    Span* span) const {
-        const int64_t size = is_packed(segment.format) ? 1 : dense_bytes(segment.format);
+                    SpanPages* pages, Span* span) const {
         span->tokens = static_cast<int>(tokens.end - tokens.begin);
-        span->key = static_cast<const char*>(segment.key) +
-                    (b * segment.key_batch_stride + kv * segment.key_head_stride) * size +
-                    tokens.begin * span->key_stride;
-        span->value = static_cast<const char*>(segment.value) +
-                      (b * segment.value_batch_stride + kv * segment.value_head_stride) * size +
-                      tokens.begin * span->value_stride;
+        if (pages != nullptr) return pages->set(tokens.begin, tokens.end, span);
+        const int64_t size = element_bytes(segment.format);
+        const auto rows_at = [&](const void* data, int64_t batch, int64_t head, int64_t token) {
+            return StridedRows{static_cast<const char*>(data) +
+                                   (b * batch + kv * head + tokens.begin * token) * size,
+                               token * size};
+        };
+        span->strided.key = rows_at(segment.key, segment.key_batch_stride, segment.key_head_stride,
+                                    segment.key_token_stride);
+        span->strided.value = rows_at(segment.value, segment.value_batch_stride,
+                                      segment.value_head_stride, segment.value_token_stride);
+        span->strided.next_key = {span->strided.key[span->tokens], span->strided.key.stride};
         if (!is_packed(segment.format)) return;
         const int64_t block =
             (b * params_.key_heads + kv) * segment.blocks + tokens.begin / segment.block;
@@ -297,10 +310,15 @@ class Decoder {
         SpanScratch scratch;
         load_query(b, kv * layout_.group + first, heads, scratch.query);
         Span span = make_span(segment, heads);
+        std::optional<SpanPages> pages;
+        if (segment.paged()) {
+            pages.emplace(segment, b, kv, valid_tokens(segment, b).end,
+                          element_bytes(segment.format));
+        }
         const Way way = choose_way(segment.format, params_.dtype);
         for (int64_t begin = tokens.begin; begin < tokens.end;) {
             const int64_t end = span_end(segment, begin, tokens.end);
-            set_tokens(segment, b, kv, {begin, end}, &span);
+            set_tokens(segment, b, kv, {begin, end}, pages ? &*pages : nullptr, &span);
             // The weights are computed where they will stay.
             float* weights = segment.mass == nullptr
                                  ? scratch.scores
@@ -419,11 +437,17 @@ Status decode_attention_cpu(const DecodeAttentionParams& params) {
     for (int64_t b = 0; b < params.batch; ++b) {
         for (int64_t s = 0; s < params.segments; ++s) {
             const KVSegmentParams& segment = params.segment[s];
-            const int64_t begin = segment.leftpad != nullptr ? segment.leftpad[b] : 0;
-            const int64_t end = segment.lens != nullptr ? segment.lens[b] : segment.tokens;
-            if (begin >= 0 && begin <= end && end <= segment.tokens) continue;
-            const bool by_lens = end < 0 || end > segment.tokens;
-            error.report(kErrorLens, b, -1, static_cast<double>(by_lens ? end : begin));
+            const TokenRange valid = valid_tokens(segment, b);
+            if (valid.begin < 0 || valid.begin > valid.end || valid.end > segment.tokens) {
+                const bool by_lens = valid.end < 0 || valid.end > segment.tokens;
+                error.report(kErrorLens, b, -1,
+                             static_cast<double>(by_lens ? valid.end : valid.begin));
+            } else if (segment.paged()) {
+                const int64_t block = bad_block(segment, b, valid.begin, valid.end);
+                if (block < 0) continue;
+                const int32_t page = segment.block_table[b * segment.block_table_stride + block];
+                error.report(kErrorPageRange, b, block, page);
+            }
         }
     }
     if (!error.status().ok()) return error.status();

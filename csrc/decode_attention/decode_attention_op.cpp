@@ -84,6 +84,27 @@ const int32_t* positions(const std::optional<Tensor>& tensor, const std::string&
     return tensor->const_data_ptr<int32_t>();
 }
 
+// The table of a paged segment, whose tokens it decides.
+void set_block_table(const Tensor& table, const Tensor& key, int64_t number, const Tensor& query,
+                     KVSegmentParams* segment) {
+    const std::string name = field(number, "block_table");
+    check_dtype(table, name.c_str(), ScalarType::Int);
+    check_shape(table, name.c_str(), {query.size(0), -1});
+    check_device(table, name.c_str(), query);
+    check_last_contiguous(table, name.c_str());
+    const int64_t size = key.size(1);
+    check(size >= kDecodePageGroup && size <= kDecodeMaxPageSize && size % kDecodePageGroup == 0,
+          field(number, "key"), ": has page_size ", size, ", must be a multiple of ",
+          kDecodePageGroup, " from ", kDecodePageGroup, " to ", kDecodeMaxPageSize);
+    check(key.size(0) <= kMaxInt32, field(number, "key"), ": has ", key.size(0), " pages, at most ",
+          kMaxInt32);
+    segment->block_table = table.const_data_ptr<int32_t>();
+    segment->block_table_stride = table.stride(0);
+    segment->page_size = static_cast<int32_t>(size);
+    segment->pages = static_cast<int32_t>(key.size(0));
+    segment->tokens = table.size(1) * size;
+}
+
 // A tensor that a packed segment must have.
 const Tensor& packed_field(const std::optional<Tensor>& tensor, const std::string& name,
                            std::initializer_list<int64_t> sizes, ScalarType dtype,
@@ -106,7 +127,6 @@ void check_rows(const Tensor& tensor, const std::string& name, const Tensor& que
 
 void set_rows(const Tensor& key, const Tensor& value, int64_t token_dim, int64_t head_dim,
               KVSegmentParams* segment) {
-    segment->tokens = key.size(token_dim);
     segment->key = key.const_data_ptr();
     segment->value = value.const_data_ptr();
     segment->key_batch_stride = key.stride(0);
@@ -198,15 +218,18 @@ struct PackedFields {
 };
 
 void set_dense(const Tensor& query, const Tensor& key, const Tensor& value,
-               const std::optional<Tensor>& leftpad, int64_t number,
-               DecodeAttentionParams* params) {
+               const std::optional<Tensor>& leftpad, const std::optional<Tensor>& block_table,
+               int64_t number, DecodeAttentionParams* params) {
     KVSegmentParams& segment = params->segment[number];
     segment.format = dense_format(params->dtype);
-    check_rows(key, field(number, "key"), query, {params->batch, -1, -1, params->head_dim},
+    const int64_t rows = block_table.has_value() ? -1 : params->batch;
+    check_rows(key, field(number, "key"), query, {rows, -1, -1, params->head_dim},
                query.scalar_type());
-    check_sizes(key.size(1), key.size(2), number, params);
+    segment.tokens = key.size(1);
+    if (block_table.has_value()) set_block_table(*block_table, key, number, query, &segment);
+    check_sizes(segment.tokens, key.size(2), number, params);
     check_rows(value, field(number, "value"), query,
-               {params->batch, key.size(1), params->key_heads, params->head_dim},
+               {key.size(0), key.size(1), params->key_heads, params->head_dim},
                query.scalar_type());
     set_rows(key, value, 1, 2, &segment);
     segment.leftpad = positions(leftpad, field(number, "leftpad"), query);
@@ -218,7 +241,8 @@ void set_packed(const Tensor& query, const Tensor& key, const Tensor& value,
     segment.format = packed_format(fields.bits[number], number);
     const int64_t row = packed_row_bytes(params->head_dim, packed_bits(segment.format));
     check_rows(key, field(number, "key"), query, {params->batch, -1, -1, row}, ScalarType::Byte);
-    check_sizes(key.size(2), key.size(1), number, params);
+    segment.tokens = key.size(2);
+    check_sizes(segment.tokens, key.size(1), number, params);
     check_rows(value, field(number, "value"), query,
                {params->batch, params->key_heads, key.size(2), row}, ScalarType::Byte);
     set_rows(key, value, 2, 1, &segment);
@@ -254,15 +278,16 @@ void set_packed(const Tensor& query, const Tensor& key, const Tensor& value,
 
 template <Backend backend>
 void decode_attention_op(
-    const Tensor& query,                // [B, 1, Hq, D] fp32, fp16 or bf16
-    const Tensors& key,                 // dense: [B, N, Hkv, D], dtype of query;
-    const Tensors& value,               // packed: [B, Hkv, N, row_bytes] uint8
-    const std::vector<int64_t>& bits,   // 0: dense
-    const std::vector<int64_t>& block,  // tokens that share channel parameters
-    const OptionalTensors& lens,        // [B] int32
-    const OptionalTensors& leftpad,     // [B] int32, dense only
-    const OptionalTensors& key_scale,   // [B, Hkv, T, D] fp32, packed only, as the next three
-    const OptionalTensors& key_zero,    //
+    const Tensor& query,                 // [B, 1, Hq, D] fp32, fp16 or bf16
+    const Tensors& key,                  // dense: [B, N, Hkv, D], dtype of query;
+    const Tensors& value,                // packed: [B, Hkv, N, row_bytes] uint8
+    const std::vector<int64_t>& bits,    // 0: dense
+    const std::vector<int64_t>& block,   // tokens that share channel parameters
+    const OptionalTensors& lens,         // [B] int32
+    const OptionalTensors& leftpad,      // [B] int32, dense only
+    const OptionalTensors& block_table,  // [B, max_blocks] int32: dense key and value are pages
+    const OptionalTensors& key_scale,    // [B, Hkv, T, D] fp32, packed only, as the next three
+    const OptionalTensors& key_zero,     //
     const OptionalTensors& value_channel,
     const OptionalTensors& value_token,                       // [B, Hkv, N, 2] fp16
     double scale,                                             //
@@ -286,6 +311,7 @@ void decode_attention_op(
     check_listed(block.size(), segments, "block");
     check_listed(lens.size(), segments, "lens");
     check_listed(leftpad.size(), segments, "leftpad");
+    check_listed(block_table.size(), segments, "block_table");
     check_listed(key_scale.size(), segments, "key_scale");
     check_listed(key_zero.size(), segments, "key_zero");
     check_listed(value_channel.size(), segments, "value_channel");
@@ -294,8 +320,10 @@ void decode_attention_op(
     for (int64_t s = 0; s < params.segments; ++s) {
         params.segment[s].lens = positions(lens[s], field(s, "lens"), query);
         if (bits[s] == 0) {
-            set_dense(query, key[s], value[s], leftpad[s], s, &params);
+            set_dense(query, key[s], value[s], leftpad[s], block_table[s], s, &params);
         } else {
+            check(!block_table[s].has_value(), field(s, "block_table"),
+                  ": must be absent where packed");
             check(!leftpad[s].has_value(), field(s, "leftpad"), ": must be absent where packed");
             set_packed(query, key[s], value[s], fields, s, &params);
         }

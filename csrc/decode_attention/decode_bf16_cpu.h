@@ -36,12 +36,13 @@ LIGHTVLM_TARGET_AVX512_BF16 LIGHTVLM_INLINE __m512 dot_bf16(__m512 sum, __m512i 
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 
-template <int kHeads>
-LIGHTVLM_TARGET_AVX512_BF16 void score_bf16(const Span& span, Bf16Work* work, float* scores) {
+template <int kHeads, typename Rows>
+LIGHTVLM_TARGET_AVX512_BF16 void score_bf16(const Span& span, const SpanRows<Rows>& rows,
+                                            Bf16Work* work, float* scores) {
     const __m512 unit = _mm512_set1_ps(span.unit);
-    RowsAhead ahead(span.value, span.value_stride, span.head_dim * 2);
+    RowsAhead<Rows> ahead(rows.value, span.head_dim * 2);
     for (int n = 0; n < span.tokens; n += 32) {
-        transpose_rows(span, n, span.head_dim * 2, work->dwords);
+        transpose_rows(rows.key, span.tokens, n, span.head_dim * 2, work->dwords);
         __m512 sums[kHeads][2];
 #pragma GCC unroll 8
         for (int h = 0; h < kHeads; ++h) sums[h][0] = sums[h][1] = _mm512_setzero_ps();
@@ -67,11 +68,12 @@ LIGHTVLM_TARGET_AVX512_BF16 void score_bf16(const Span& span, Bf16Work* work, fl
     }
 }
 
-template <int kHeads>
-LIGHTVLM_TARGET_AVX512_BF16 void value_bf16(const Span& span, Bf16Work* work, float* out) {
-    RowsAhead ahead(span.key + span.tokens * span.key_stride, span.key_stride, span.head_dim * 2);
+template <int kHeads, typename Rows>
+LIGHTVLM_TARGET_AVX512_BF16 void value_bf16(const Span& span, const SpanRows<Rows>& rows,
+                                            Bf16Work* work, float* out) {
+    RowsAhead<Rows> ahead(rows.next_key, span.head_dim * 2);
     for (int64_t d = 0; d < span.channels; d += 32) {
-        pair_rows(span, span.head_dim * 2, d / 16, work->pairs);
+        pair_rows(rows.value, span.tokens, span.head_dim * 2, d / 16, work->pairs);
         __m512 sums[kHeads][2];
 #pragma GCC unroll 8
         for (int h = 0; h < kHeads; ++h) sums[h][0] = sums[h][1] = _mm512_setzero_ps();
@@ -128,15 +130,20 @@ inline void bf16_scores(const Span& span, SpanScratch* scratch, float* scores) {
         pack_bf16_query(span, scratch->query, work->query);
         scratch->folded = scratch->query;
     }
-    dispatch_heads(span.heads,
-                   [&](auto heads) { score_bf16<decltype(heads)::value>(span, work, scores); });
+    dispatch_heads(span.heads, [&](auto heads) {
+        constexpr int kHeads = decltype(heads)::value;
+        if (span.in_pages) return score_bf16<kHeads>(span, span.listed, work, scores);
+        score_bf16<kHeads>(span, span.strided, work, scores);
+    });
 }
 
 inline void bf16_values(const Span& span, const float* p, SpanScratch* scratch) {
     auto* work = reinterpret_cast<Bf16Work*>(scratch->work);
     round_weights(span, p, work->weights);
     dispatch_heads(span.heads, [&](auto heads) {
-        value_bf16<decltype(heads)::value>(span, work, scratch->out);
+        constexpr int kHeads = decltype(heads)::value;
+        if (span.in_pages) return value_bf16<kHeads>(span, span.listed, work, scratch->out);
+        value_bf16<kHeads>(span, span.strided, work, scratch->out);
     });
 }
 

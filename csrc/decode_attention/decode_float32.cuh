@@ -38,8 +38,10 @@ __device__ __forceinline__ void attend_float32(const DecodeRun& run, const float
     const int lane = threadIdx.x % kWarpThreads;
     const int g = lane / 4;
     const int t = lane % 4;
-    const auto row_of = [](const DecodeRows& rows, int32_t token) {
-        return reinterpret_cast<const float*>(rows.data + token * rows.stride);
+    const auto row_of = [&run](const DecodeRows& rows, int32_t n) {
+        const int64_t offset =
+            run.pages != nullptr ? DecodePlace(run, n).offset(rows) : n * rows.stride;
+        return reinterpret_cast<const float*>(rows.data + offset);
     };
     const bool key_aligned = run.keys.unit == 16;
     const bool value_aligned = run.values.unit == 16;

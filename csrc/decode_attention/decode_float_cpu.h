@@ -18,14 +18,13 @@ constexpr int kTileTokens = 8;
 
 // A tile of tokens: widened[n * channels + d]; tokens past `count` and channels past head_dim are
 // 0.
-template <typename T>
-LIGHTVLM_INLINE void widen_dense(const char* rows, int64_t stride, int count, int64_t head_dim,
-                                 int64_t channels, float* widened) {
-    for (int n = 0; n < count; ++n) {
-        const T* row = reinterpret_cast<const T*>(rows + n * stride);
-        float* out = widened + n * channels;
-        for (int64_t d = 0; d < head_dim; ++d) out[d] = to_float(row[d]);
-        for (int64_t d = head_dim; d < channels; ++d) out[d] = 0.0f;
+template <typename T, bool keys>
+LIGHTVLM_INLINE void widen_dense(const Span& span, int begin, int count, float* widened) {
+    for (int n = begin; n < begin + count; ++n) {
+        const T* row = reinterpret_cast<const T*>(keys ? span.key_row(n) : span.value_row(n));
+        float* out = widened + (n - begin) * span.channels;
+        for (int64_t d = 0; d < span.head_dim; ++d) out[d] = to_float(row[d]);
+        for (int64_t d = span.head_dim; d < span.channels; ++d) out[d] = 0.0f;
     }
 }
 
@@ -35,8 +34,8 @@ LIGHTVLM_INLINE void widen_codes(const Span& span, int begin, int count, float* 
     constexpr int kPerByte = 8 / bits;
     constexpr int kMask = (1 << bits) - 1;
     for (int n = begin; n < begin + count; ++n) {
-        const auto* row = reinterpret_cast<const uint8_t*>(
-            keys ? span.key + n * span.key_stride : span.value + n * span.value_stride);
+        const auto* row =
+            reinterpret_cast<const uint8_t*>(keys ? span.key_row(n) : span.value_row(n));
         const uint16_t* pair = span.value_token + n * span.value_token_stride;
         const float token_scale = keys ? 0.0f : to_float(half_t{pair[0]});
         const float token_zero = keys ? 0.0f : to_float(half_t{pair[1]});
@@ -56,17 +55,15 @@ LIGHTVLM_INLINE void widen_codes(const Span& span, int begin, int count, float* 
 // Tokens [begin, begin + count) of the span's keys or values.
 template <bool keys>
 LIGHTVLM_INLINE void widen(const Span& span, int begin, int count, float* widened) {
-    const int64_t stride = keys ? span.key_stride : span.value_stride;
-    const char* rows = (keys ? span.key : span.value) + begin * stride;
     switch (span.format) {
         case KVFormat::kFloat32:
-            widen_dense<float>(rows, stride, count, span.head_dim, span.channels, widened);
+            widen_dense<float, keys>(span, begin, count, widened);
             break;
         case KVFormat::kFloat16:
-            widen_dense<half_t>(rows, stride, count, span.head_dim, span.channels, widened);
+            widen_dense<half_t, keys>(span, begin, count, widened);
             break;
         case KVFormat::kBFloat16:
-            widen_dense<bfloat16_t>(rows, stride, count, span.head_dim, span.channels, widened);
+            widen_dense<bfloat16_t, keys>(span, begin, count, widened);
             break;
         case KVFormat::kPacked8:
             widen_codes<8, keys>(span, begin, count, widened);

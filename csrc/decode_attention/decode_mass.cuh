@@ -34,11 +34,13 @@ __global__ void __launch_bounds__(kDecodeMassThreads)
     if (s < 0) return;
     const KVSegmentParams& segment = params.segment[s];
     const DecodeSegmentPlan& plan = arguments.plan[s];
+    const float* finals = arguments.finals + key_row * params.head_tiles() * kDecodeFinals;
+    // Where lens or pages are bad, the first launch has found no valid token.
+    if ((__float_as_uint(finals[2 * kDecodeHeadTile]) >> s & 1) == 0) return;
     const int64_t begin = segment.leftpad != nullptr ? segment.leftpad[b] : 0;
     const int64_t end = segment.lens != nullptr ? segment.lens[b] : segment.tokens;
     const int64_t token = begin + slot - plan.first_slot;
-    // The first launch has reported bad lens.
-    if (begin < 0 || end > segment.tokens || token >= end) return;
+    if (token >= end) return;
 
     const int64_t group = params.group();
     const int64_t heads = decode_even(group);
@@ -46,10 +48,9 @@ __global__ void __launch_bounds__(kDecodeMassThreads)
     const int64_t tile = (slot - plan.first_slot) / plan.tile * plan.tile + plan.first_slot;
     const float* maxima =
         arguments.weight_maxima + (key_row * arguments.slots + tile) / kDecodeStep * heads;
-    const float* finals = arguments.finals + key_row * params.head_tiles() * 2 * kDecodeHeadTile;
     float sum = 0.0f;
     for (int64_t head = 0; head < group; ++head) {
-        const float* of_tile = finals + head / kDecodeHeadTile * 2 * kDecodeHeadTile;
+        const float* of_tile = finals + head / kDecodeHeadTile * kDecodeFinals;
         const float highest = of_tile[head % kDecodeHeadTile];
         const float inverse = of_tile[kDecodeHeadTile + head % kDecodeHeadTile];
         sum += to_float(weights[head]) * exp2f(maxima[head] - decode_base(highest)) * inverse;

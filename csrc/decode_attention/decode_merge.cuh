@@ -14,6 +14,7 @@ struct DecodeUnit {
     int64_t index;
     int64_t first_head;  // over batch rows and query heads
     int heads;
+    uint32_t segments;  // a bit for each in which there are valid tokens
 };
 
 // Of up to kDecodeMostBlocks parts: what each counts in the result.
@@ -87,6 +88,10 @@ __device__ __forceinline__ void finish_unit(const DecodeArguments& arguments,
         const float sum = merge.sum[head];
         store_decode_out(params, unit.first_head * width + i, sum == 0.0f ? 0.0f : value / sum);
     }
+    if (arguments.finals != nullptr && threadIdx.x == 0) {
+        arguments.finals[unit.index * kDecodeFinals + 2 * kDecodeHeadTile] =
+            __uint_as_float(unit.segments);
+    }
     const int head = threadIdx.x;
     if (head >= unit.heads) return;
     const float sum = merge.sum[head];
@@ -94,7 +99,7 @@ __device__ __forceinline__ void finish_unit(const DecodeArguments& arguments,
     params.lse[unit.first_head + head] =
         (decode_base(highest) - kDecodeWeightExponent + log2f(sum)) * kDecodeLn2;
     if (arguments.finals != nullptr) {
-        float* finals = arguments.finals + unit.index * 2 * kDecodeHeadTile;
+        float* finals = arguments.finals + unit.index * kDecodeFinals;
         finals[head] = highest;
         finals[kDecodeHeadTile + head] = sum == 0.0f ? 0.0f : 1.0f / sum;
     }

@@ -113,7 +113,8 @@ LIGHTVLM_TARGET_AVX512_VNNI void fold_query(const Span& span, const float* query
 // 32 tokens against kHeads heads.
 template <int bits, int kHeads>
 LIGHTVLM_TARGET_AVX512_VNNI void score_tokens(const uint32_t* dwords, const PackedQuery& query,
-                                              int64_t count, RowsAhead* ahead, float* scores) {
+                                              int64_t count, RowsAhead<StridedRows>* ahead,
+                                              float* scores) {
     constexpr int kCodes = kCodesPerWord<bits>;
     __m512i sums[kHeads][2];
 #pragma GCC unroll 8
@@ -152,9 +153,9 @@ template <int bits, int kHeads>
 LIGHTVLM_TARGET_AVX512_VNNI void score_span(const Span& span, const PackedQuery& query,
                                             uint32_t* dwords, float* scores) {
     const int64_t row_bytes = span.channels * bits / 8;
-    RowsAhead ahead(span.value, span.value_stride, row_bytes);
+    RowsAhead<StridedRows> ahead(span.strided.value, row_bytes);
     for (int n = 0; n < span.tokens; n += 32) {
-        transpose_rows(span, n, row_bytes, dwords);
+        transpose_rows(span.strided.key, span.tokens, n, row_bytes, dwords);
         score_tokens<bits, kHeads>(dwords, query, row_bytes / 4, &ahead, scores + n);
     }
 }
@@ -219,7 +220,7 @@ LIGHTVLM_TARGET_AVX512_VNNI inline void weigh_tokens(const Span& span, const flo
 // Codes first and first + 1 of every word: sums[(h * kCodesPerWord + k) * 16 + lane].
 template <int bits, int kHeads, int first>
 LIGHTVLM_TARGET_AVX512_VNNI void sum_codes(const __m512i* pairs, int count, const int16_t* weight,
-                                           RowsAhead* ahead, float* sums) {
+                                           RowsAhead<StridedRows>* ahead, float* sums) {
     __m512i sum[kHeads][2];
 #pragma GCC unroll 8
     for (int h = 0; h < kHeads; ++h) sum[h][0] = sum[h][1] = _mm512_setzero_si512();
@@ -274,9 +275,9 @@ LIGHTVLM_TARGET_AVX512_VNNI void value_span(const Span& span, const PackedWeight
     constexpr int kCodes = kCodesPerWord<bits>;
     const int64_t row_bytes = span.channels * bits / 8;
     alignas(64) float sums[kHeads * kCodes * 16];
-    RowsAhead ahead(span.key + span.tokens * span.key_stride, span.key_stride, row_bytes);
+    RowsAhead<StridedRows> ahead(span.strided.next_key, row_bytes);
     for (int64_t c = 0; 32 * c < row_bytes; ++c) {
-        if (c % 2 == 0) pair_rows(span, row_bytes, c, pairs);
+        if (c % 2 == 0) pair_rows(span.strided.value, span.tokens, row_bytes, c, pairs);
         sum_codes<bits, kHeads, 0>(pairs + c % 2 * (kSpanTokens / 2), (span.tokens + 1) / 2,
                                    weights.weight, &ahead, sums);
 #pragma GCC unroll 8

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "common/device_error.cuh"
+#include "common/divisor.h"
 #include "common/launch.h"
 #include "decode_attention/decode_attention.h"
 
@@ -15,6 +16,7 @@ namespace lightvlm {
 constexpr int kDecodeSpan = 64;
 constexpr int kDecodeSplitSpans = 8;  // a split has 512 tokens at least
 constexpr int64_t kDecodeMostBlocks = 512;
+constexpr int64_t kDecodeFinals = 2 * kDecodeHeadTile + 2;
 constexpr int64_t kDecodeStep = 16;  // keys of one mma, and what maxima of weights are kept by
 
 // What the launcher knows of a segment besides its parameters. Units are the bytes of one access,
@@ -27,6 +29,7 @@ struct DecodeSegmentPlan {
     int32_t element_bytes;  // of what strides count
     int32_t row_bytes;      // of a token's key, or value
     int32_t tile;           // keys whose weights share a maximum
+    Divisor page_size;      // paged segments only
 };
 
 struct DecodeArguments {
@@ -37,13 +40,15 @@ struct DecodeArguments {
     int32_t head_tiles;
     int32_t splits;       // of a unit, at most
     int32_t stage_bytes;  // of the ring of a warp
+    bool paged;           // whether any segment is
     // Of each unit and split, heads first: out [kDecodeHeadTile, head_dim], then maximum and sum.
     float* parts;
     // Of each batch row, key head, slot and head (rounded up to even): the weight, half_t or float,
     // and for each kDecodeStep slots the maximum that it is relative to.
     void* weights;
     float* weight_maxima;
-    // Of each unit: the maximum of each head, then 1 / sum.
+    // Of each unit, kDecodeFinals numbers: the maximum of each head, 1 / sum of each, and as the
+    // bits of one more which segments have valid tokens. The last keeps what follows aligned.
     float* finals;
     int64_t slots;
 };
@@ -85,6 +90,37 @@ __device__ __forceinline__ void read_decode_row(const DecodeAttentionParams& par
     if (!valid) report_device_error(params.error, kErrorLens);
     row->begin[segment] = static_cast<int32_t>(valid ? begin : 0);
     row->tokens[segment] = static_cast<int32_t>(valid ? end - begin : 0);
+}
+
+// By all threads of the block, with barriers: a row has no token in a segment where the page of a
+// valid token is none.
+__device__ __forceinline__ void check_decode_pages(const DecodeArguments& arguments, int64_t b,
+                                                   DecodeRow* row) {
+    const DecodeAttentionParams& params = arguments.params;
+    for (int s = 0; s < params.segments; ++s) {
+        const KVSegmentParams& segment = params.segment[s];
+        if (!segment.paged() || row->tokens[s] == 0) continue;
+        const Divisor& page_size = arguments.plan[s].page_size;
+        const int32_t* table = segment.block_table + b * segment.block_table_stride;
+        const int32_t last = page_size.quotient(row->begin[s] + row->tokens[s] - 1);
+        int bad = 0;
+        for (int32_t block = page_size.quotient(row->begin[s]) + static_cast<int32_t>(threadIdx.x);
+             block <= last; block += static_cast<int32_t>(blockDim.x)) {
+            bad |= static_cast<uint32_t>(table[block]) >= static_cast<uint32_t>(segment.pages);
+        }
+        if (__syncthreads_or(bad) == 0 || threadIdx.x != 0) continue;
+        report_device_error(params.error, kErrorPageRange);
+        row->tokens[s] = 0;
+    }
+    __syncthreads();
+}
+
+// A bit for each segment in which the row has valid tokens.
+__device__ __forceinline__ uint32_t decode_segments(const DecodeAttentionParams& params,
+                                                    const DecodeRow& row) {
+    uint32_t bits = 0;
+    for (int s = 0; s < params.segments; ++s) bits |= (row.tokens[s] > 0 ? 1u : 0u) << s;
+    return bits;
 }
 
 __device__ __forceinline__ uint32_t decode_spans(int32_t tokens) {

@@ -14,18 +14,39 @@ namespace lightvlm {
 
 constexpr int kDecodeStages = 2;
 
-// Rows [n, n + count) of a tile, kRowBytes at a pitch; what is not there arrives as zeros.
-template <int kUnit, int kTile, int kRowBytes, int kPitch>
-__device__ __forceinline__ void copy_decode_pieces(const DecodeRows& rows, int32_t n, int count,
+// A tile's rows at a stride.
+struct DecodeStridedTile {
+    const unsigned char* first;
+    int64_t stride;
+
+    // Byte `at` of a row, or, where that is not valid, any of the tile.
+    __device__ __forceinline__ const unsigned char* piece(int row, int at, bool valid) const {
+        return first + (valid ? row * stride + at : 0);
+    }
+};
+
+// A tile's rows in pages: lane `row` knows where that row begins.
+struct DecodePagedTile {
+    const unsigned char* data;
+    int64_t offset;
+
+    __device__ __forceinline__ const unsigned char* piece(int row, int at, bool valid) const {
+        return data + __shfl_sync(kFullWarp, offset, valid ? row : 0) + (valid ? at : 0);
+    }
+};
+
+// `count` rows of a tile, kRowBytes at a pitch, of which there are `bytes`; what is not there
+// arrives as zeros.
+template <int kUnit, int kTile, int kRowBytes, int kPitch, typename Tile>
+__device__ __forceinline__ void copy_decode_pieces(const Tile& rows, int bytes, int count,
                                                    unsigned char* to) {
     constexpr int kPieces = kRowBytes / kUnit;
-    const unsigned char* first = rows.data + n * rows.stride;
     LIGHTVLM_UNROLL_BY(1)
     for (int piece = threadIdx.x % kWarpThreads; piece < kTile * kPieces; piece += kWarpThreads) {
         const int row = piece / kPieces;
         const int at = (piece - row * kPieces) * kUnit;
-        const bool valid = row < count && at < rows.bytes;
-        const unsigned char* from = first + (valid ? row * rows.stride + at : 0);
+        const bool valid = row < count && at < bytes;
+        const unsigned char* from = rows.piece(row, at, valid);
         unsigned char* into = to + row * kPitch + at;
         if constexpr (kUnit == 16) {
             ptx::cp_async_16(into, from, valid);
@@ -40,24 +61,43 @@ __device__ __forceinline__ void copy_decode_pieces(const DecodeRows& rows, int32
     }
 }
 
-// For a warp, all lanes. kLeast: the narrowest access that may be needed.
-template <int kLeast, int kTile, int kRowBytes, int kPitch>
-__device__ __forceinline__ void copy_decode_rows(const DecodeRows& rows, int32_t n, int count,
+// For a warp, all lanes. kLeast: the narrowest access that may be needed; unit: the widest there
+// is.
+template <int kLeast, int kTile, int kRowBytes, int kPitch, typename Tile>
+__device__ __forceinline__ void copy_decode_tile(const Tile& rows, int bytes, int unit, int count,
                                                  unsigned char* to) {
     if constexpr (kRowBytes % 16 == 0) {
-        if (rows.unit == 16) {
-            return copy_decode_pieces<16, kTile, kRowBytes, kPitch>(rows, n, count, to);
+        if (unit == 16) {
+            return copy_decode_pieces<16, kTile, kRowBytes, kPitch>(rows, bytes, count, to);
         }
     }
     if constexpr (kRowBytes % 8 == 0) {
-        if (rows.unit >= 8) {
-            return copy_decode_pieces<8, kTile, kRowBytes, kPitch>(rows, n, count, to);
+        if (unit >= 8) {
+            return copy_decode_pieces<8, kTile, kRowBytes, kPitch>(rows, bytes, count, to);
         }
     }
-    if (rows.unit >= 4) {
-        return copy_decode_pieces<4, kTile, kRowBytes, kPitch>(rows, n, count, to);
+    if (unit >= 4) {
+        return copy_decode_pieces<4, kTile, kRowBytes, kPitch>(rows, bytes, count, to);
     }
-    copy_decode_pieces<kLeast, kTile, kRowBytes, kPitch>(rows, n, count, to);
+    copy_decode_pieces<kLeast, kTile, kRowBytes, kPitch>(rows, bytes, count, to);
+}
+
+// Rows [n, n + count) of a run.
+template <int kLeast, int kTile, int kRowBytes, int kPitch>
+__device__ __forceinline__ void copy_decode_rows(const DecodeRows& rows, int32_t n, int count,
+                                                 unsigned char* to) {
+    const DecodeStridedTile tile{rows.data + n * rows.stride, rows.stride};
+    copy_decode_tile<kLeast, kTile, kRowBytes, kPitch>(tile, rows.bytes, rows.unit, count, to);
+}
+
+// The same in pages; lane r has the place of row r.
+template <int kLeast, int kTile, int kRowBytes, int kPitch>
+__device__ __forceinline__ void copy_decode_pages(const DecodeRows& rows, const DecodePlace& place,
+                                                  int count, unsigned char* to) {
+    static_assert(kTile <= kWarpThreads && kTile * kRowBytes % (16 * kWarpThreads) == 0,
+                  "a lane for each row, and all lanes in each step of the copy");
+    const DecodePagedTile tile{rows.data, place.offset(rows)};
+    copy_decode_tile<kLeast, kTile, kRowBytes, kPitch>(tile, rows.bytes, rows.unit, count, to);
 }
 
 }  // namespace lightvlm

@@ -18,15 +18,16 @@
 
 namespace lightvlm::decode_detail {
 
-// Rows of keys [first, first + 32) to dwords[j * 32 + token]; row_bytes is a multiple of 8. Rows
+// Keys [first, first + 32) to dwords[j * 32 + token]; row_bytes is a multiple of 8. Rows
 // past the span's repeat the last; the second 16 are left out where all are.
-LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void transpose_rows(const Span& span, int first,
+template <typename Rows>
+LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void transpose_rows(const Rows& keys, int tokens, int first,
                                                            int64_t row_bytes, uint32_t* dwords) {
-    for (int begin = first; begin < first + 32 && begin < span.tokens; begin += 16) {
+    for (int begin = first; begin < first + 32 && begin < tokens; begin += 16) {
         const char* row[16];
         for (int i = 0; i < 16; ++i) {
-            const int n = begin + i < span.tokens ? begin + i : span.tokens - 1;
-            row[i] = span.key + n * span.key_stride;
+            const int n = begin + i < tokens ? begin + i : tokens - 1;
+            row[i] = keys[n];
         }
         uint32_t* to = dwords + (begin - first);
         for (int64_t at = 0; at < row_bytes; at += 16, to += 4 * 32) {
@@ -58,8 +59,10 @@ LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void transpose_rows(const Span& span, int
 // Words [16 c, 16 c + 32) of two tokens side by side, for all pairs of tokens: the first half to
 // pairs[i], the second to pairs[kSpanTokens / 2 + i]. Words past the row and a token past the last
 // are 0; a second half with no words is left out.
-LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void pair_rows(const Span& span, int64_t row_bytes,
-                                                      int64_t c, __m512i* pairs) {
+template <typename Rows>
+LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void pair_rows(const Rows& values, int tokens,
+                                                      int64_t row_bytes, int64_t c,
+                                                      __m512i* pairs) {
     const int64_t words = row_bytes / 2 - 16 * c;
     const __mmask32 some = words >= 32 ? 0xffffffff : (__mmask32{1} << words) - 1;
     const __m512i low = _mm512_add_epi32(
@@ -67,11 +70,10 @@ LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void pair_rows(const Span& span, int64_t 
         _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                            _mm512_set1_epi32(0x00010001)));
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    const char* row = span.value + 32 * c;
-    for (int n = 0; n < span.tokens; n += 2) {
-        const __m512i even = _mm512_maskz_loadu_epi16(some, row + n * span.value_stride);
-        const __m512i odd = _mm512_maskz_loadu_epi16(n + 1 < span.tokens ? some : 0,
-                                                     row + (n + 1) * span.value_stride);
+    for (int n = 0; n < tokens; n += 2) {
+        const __m512i even = _mm512_maskz_loadu_epi16(some, values[n] + 32 * c);
+        const __m512i odd =
+            _mm512_maskz_loadu_epi16(n + 1 < tokens ? some : 0, values[n + 1] + 32 * c);
         _mm512_store_si512(pairs + n / 2, _mm512_permutex2var_epi16(even, low, odd));
         if (words <= 16) continue;
         _mm512_store_si512(pairs + (kSpanTokens + n) / 2,

@@ -11,12 +11,13 @@
 
 namespace lightvlm {
 
-// Rows in the cache, from the segment's first valid token on.
+// Rows in the cache, from the segment's first valid token on, or (paged) from the first page on.
 struct DecodeRows {
     const unsigned char* data;
-    int64_t stride;  // bytes from a token to the next
-    int32_t bytes;   // of a row
-    int32_t unit;    // the widest access that addresses, strides and bytes allow
+    int64_t stride;       // bytes from a token to the next
+    int64_t page_stride;  // paged only: from a page to the next
+    int32_t bytes;        // of a row
+    int32_t unit;         // the widest access that addresses, strides and bytes allow
 };
 
 // Lies in shared memory, so that the registers are left to the products.
@@ -25,6 +26,9 @@ struct DecodeRun {
     int32_t end;
     DecodeRows keys;
     DecodeRows values;
+    const int32_t* pages;    // paged only, else null: of the batch row's blocks
+    int32_t begin;           // paged only: the segment's first valid token
+    Divisor page_size;       // paged only
     DecodeRows tokens;       // packed only, as the rest of this part
     int32_t block;           // tokens that share channel parameters
     const float* key_scale;  // of the key head's first block
@@ -52,19 +56,26 @@ __device__ __forceinline__ void set_decode_run(const DecodeArguments& arguments,
     const auto rows_of = [&](const void* data, int64_t of_batch, int64_t of_head, int64_t of_token,
                              int32_t unit) {
         const int64_t size = plan.element_bytes;
-        const int64_t offset = b * of_batch + key_head * of_head + begin * of_token;
-        return DecodeRows{static_cast<const unsigned char*>(data) + offset * size, of_token * size,
-                          plan.row_bytes, unit};
+        const int64_t of_row = segment.paged() ? 0 : b * of_batch + begin * of_token;
+        return DecodeRows{
+            static_cast<const unsigned char*>(data) + (of_row + key_head * of_head) * size,
+            of_token * size, of_batch * size, plan.row_bytes, unit};
     };
     run->keys = rows_of(segment.key, segment.key_batch_stride, segment.key_head_stride,
                         segment.key_token_stride, plan.key_unit);
     run->values = rows_of(segment.value, segment.value_batch_stride, segment.value_head_stride,
                           segment.value_token_stride, plan.value_unit);
+    run->pages = nullptr;
+    if (segment.paged()) {
+        run->pages = segment.block_table + b * segment.block_table_stride;
+        run->begin = begin;
+        run->page_size = plan.page_size;
+    }
     if (is_packed(segment.format)) {
         const uint16_t* tokens = segment.value_token + b * segment.value_token_batch_stride +
                                  key_head * segment.value_token_head_stride;
         run->tokens = {reinterpret_cast<const unsigned char*>(tokens),
-                       segment.value_token_token_stride * 2, 4, plan.token_unit};
+                       segment.value_token_token_stride * 2, 0, 4, plan.token_unit};
         run->block = static_cast<int32_t>(min(segment.block, int64_t{INT32_MAX}));
         const int64_t channels = key_row * segment.blocks * params.head_dim;
         run->key_scale = segment.key_scale + channels;
@@ -82,6 +93,23 @@ __device__ __forceinline__ void set_decode_run(const DecodeArguments& arguments,
     run->weight_heads = static_cast<int32_t>(heads);
     run->tile_heads = static_cast<int32_t>(heads - head);
 }
+
+// Where token n of a paged run lies, from the data of its rows on.
+struct DecodePlace {
+    int32_t page;
+    int32_t slot;
+
+    __device__ __forceinline__ DecodePlace(const DecodeRun& run, int32_t n) {
+        const int32_t token = run.begin + n;
+        const int32_t block = run.page_size.quotient(token);
+        page = __ldg(run.pages + block);
+        slot = token - block * run.page_size.divisor;
+    }
+
+    __device__ __forceinline__ int64_t offset(const DecodeRows& rows) const {
+        return page * rows.page_stride + slot * rows.stride;
+    }
+};
 
 // Keeps the weights of the tile from token n on, `count` of them; lanes hold keys and heads as in
 // DecodeAccumulator::weigh.

@@ -25,6 +25,28 @@ constexpr int kMaxChannels = 256;
 // Numbers between the scores of two heads. They are written up to 31 tokens past the span.
 constexpr int kScorePitch = kSpanTokens + 32;
 
+// Rows of tokens at a stride, in bytes.
+struct StridedRows {
+    const char* data;
+    int64_t stride;
+
+    LIGHTVLM_INLINE const char* operator[](int n) const { return data + n * stride; }
+};
+
+// Rows in pages, each with an address of its own.
+struct ListedRows {
+    const char* const* row;
+
+    LIGHTVLM_INLINE const char* operator[](int n) const { return row[n]; }
+};
+
+template <typename Rows>
+struct SpanRows {
+    Rows key;
+    Rows value;
+    Rows next_key;  // of the tokens that come next, as many; they are fetched, not read
+};
+
 struct Span {
     KVFormat format;
     int bits;  // of a code; packed formats only
@@ -34,11 +56,9 @@ struct Span {
     int64_t channels;  // head_dim rounded up to kPackedChannelMultiple
     float unit;
 
-    // Of the first token; strides in bytes.
-    const char* key;
-    const char* value;
-    int64_t key_stride;
-    int64_t value_stride;
+    bool in_pages;  // dense formats only; says which of the two there is
+    SpanRows<StridedRows> strided;
+    SpanRows<ListedRows> listed;
 
     // Packed formats only.
     const float* key_scale;
@@ -46,6 +66,13 @@ struct Span {
     const float* value_channel;
     const uint16_t* value_token;
     int64_t value_token_stride;  // in numbers
+
+    LIGHTVLM_INLINE const char* key_row(int n) const {
+        return in_pages ? listed.key[n] : strided.key[n];
+    }
+    LIGHTVLM_INLINE const char* value_row(int n) const {
+        return in_pages ? listed.value[n] : strided.value[n];
+    }
 };
 
 // What one thread needs. Rows of heads: scores[h * kScorePitch + n], out[h * kMaxChannels + d].
@@ -63,10 +90,16 @@ struct alignas(64) SpanScratch {
 
 // Fetches a line of rows at each step, so that memory works while sums are made: scores fetch the
 // span's values, values the keys that come next. Addresses may lie outside the tensor.
-class RowsAhead {
+template <typename Rows>
+class RowsAhead;
+
+template <>
+class RowsAhead<StridedRows> {
   public:
-    LIGHTVLM_INLINE RowsAhead(const char* rows, int64_t stride, int64_t row_bytes)
-        : row_(rows), stride_(stride), row_bytes_(stride == row_bytes ? INT64_MAX : row_bytes) {}
+    LIGHTVLM_INLINE RowsAhead(const StridedRows& rows, int64_t row_bytes)
+        : row_(rows.data),
+          stride_(rows.stride),
+          row_bytes_(stride_ == row_bytes ? INT64_MAX : row_bytes) {}
 
     LIGHTVLM_INLINE void step() {
         __builtin_prefetch(row_ + at_, 0, 2);
@@ -79,6 +112,29 @@ class RowsAhead {
   private:
     const char* row_;
     int64_t stride_;
+    int64_t row_bytes_;
+    int64_t at_ = 0;
+};
+
+// Lists go on for kRowsPast entries after the span's last.
+constexpr int kRowsPast = 32;
+
+template <>
+class RowsAhead<ListedRows> {
+  public:
+    LIGHTVLM_INLINE RowsAhead(const ListedRows& rows, int64_t row_bytes)
+        : row_(rows.row), row_bytes_(row_bytes) {}
+
+    LIGHTVLM_INLINE void step() {
+        __builtin_prefetch(*row_ + at_, 0, 2);
+        at_ += 64;
+        const bool ends = at_ >= row_bytes_;
+        row_ += ends ? 1 : 0;
+        at_ = ends ? 0 : at_;
+    }
+
+  private:
+    const char* const* row_;
     int64_t row_bytes_;
     int64_t at_ = 0;
 };

@@ -244,6 +244,9 @@ class DecodeTiles {
     // Starts the copy of the tile from token n on.
     __device__ __forceinline__ void fetch(int32_t n, int stage) const {
         unsigned char* to = ring_ + stage * stage_bytes_;
+        if constexpr (!Format::kPacked) {
+            if (run_.pages != nullptr) return fetch_pages(n, to);
+        }
         copy_decode_rows<kLeastUnit, Format::kTile, Format::kRowBytes, Format::kKeyPitch>(
             run_.keys, n, count(n), to);
         copy_decode_rows<kLeastUnit, Format::kTile, Format::kRowBytes, Format::kValuePitch>(
@@ -252,6 +255,18 @@ class DecodeTiles {
             copy_decode_rows<2, Format::kTile, 4, 4>(run_.tokens, n, count(n),
                                                      to + Format::kTokenOffset);
         }
+        ptx::cp_async_commit();
+    }
+
+    __device__ __forceinline__ void fetch_pages(int32_t n, unsigned char* to) const {
+        const int keys = count(n);
+        // One look at the table for a row's key and value.
+        const DecodePlace place(run_,
+                                n + min(static_cast<int>(threadIdx.x % kWarpThreads), keys - 1));
+        copy_decode_pages<kLeastUnit, Format::kTile, Format::kRowBytes, Format::kKeyPitch>(
+            run_.keys, place, keys, to);
+        copy_decode_pages<kLeastUnit, Format::kTile, Format::kRowBytes, Format::kValuePitch>(
+            run_.values, place, keys, to + Format::kValueOffset);
         ptx::cp_async_commit();
     }
 

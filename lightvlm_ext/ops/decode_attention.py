@@ -44,6 +44,10 @@ def decode_attention(
         segments: up to 12, in any order; all with the same number of heads, of which Hq is a multiple.
             KVSegment: key, value (B, N, Hkv, D) of query's dtype, with any strides and contiguous channels;
             lens, leftpad (B,) int32, row b's valid tokens being [leftpad[b], lens[b]).
+            With block_table (B, max_blocks) int32, contiguous blocks: key, value (P, page_size, Hkv, D) are pages, and
+            token n of row b lies in page block_table[b, n // page_size], at n % page_size. page_size is a multiple
+            of 16 from 16 to 256, N = max_blocks * page_size. Rows may name the same page; entries without a
+            valid token are not read.
             PackedKV: 8, 4 or 2 bits; lens (B,) int32, valid tokens being [0, lens[b]).
             Segments without a valid token are skipped.
         scale: of the logits. Default: D ** -0.5.
@@ -58,13 +62,13 @@ def decode_attention(
 
     A NaN in a batch row's valid tokens or query stays in that row. On CUDA the call takes no host value from the
     device and can be captured in a CUDA graph: one launch, two with mass. A graph keeps the addresses of its
-    arguments, while lens may change between replays.
+    arguments, while lens, leftpad and block tables may change between replays.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, stride, device or number does not fit. On the CPU also: 0 <= leftpad <= lens <= N does
-            not hold. On CUDA that sets the device error word (`lightvlm_ext.device_errors`), and the row has no
-            valid token in that segment.
+            not hold, or the page of a valid token is outside [0, P). On CUDA these set the device error word
+            (`lightvlm_ext.device_errors`), and the row has no valid token in that segment.
     """
     args = check_decode(query, segments, scale=scale, mass=mass)
     device = query.device
@@ -80,6 +84,7 @@ def decode_attention(
         args.block,
         args.lens,
         args.leftpad,
+        args.block_table,
         args.key_scale,
         args.key_zero,
         args.value_channel,
@@ -120,7 +125,7 @@ def _workspace(args: DecodeArgs) -> torch.Tensor | None:
         even = -(-heads // args.key_heads() // 2) * 2
         numbers = 2 if args.query.dtype == torch.float32 else 1  # in half words
         words += batch * args.key_heads() * even * (slots * numbers // 2 + slots // _STEP)
-        words += units * _HEAD_TILE * 2
+        words += units * (_HEAD_TILE + 1) * 2
     return torch.empty(words, dtype=torch.int32, device=device)
 
 
@@ -133,6 +138,7 @@ def _decode_attention_fake(
     block: list[int],
     lens: list[torch.Tensor | None],
     leftpad: list[torch.Tensor | None],
+    block_table: list[torch.Tensor | None],
     key_scale: list[torch.Tensor | None],
     key_zero: list[torch.Tensor | None],
     value_channel: list[torch.Tensor | None],

@@ -23,17 +23,20 @@ def decode_attention(
     args = check_decode(query, segments, scale=scale, mass=mass, dtypes=(*_checks.FLOATING, torch.float64))
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     bounds = [_bounds(args, segment) for segment in range(len(args.key))]
+    for segment, of_rows in enumerate(bounds):
+        _check_pages(args, segment, of_rows)
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.full((query.shape[0], query.shape[2], 1), -math.inf, dtype=compute, device=query.device)
-    tensors = [_dense(args, segment, compute) for segment in range(len(args.key))]
+    tensors = [_unpacked(args, segment, compute) for segment in range(len(args.key))]
 
     for row in range(query.shape[0]):
         spans = [range(*segment[row]) for segment in bounds]
         if not any(spans):
             continue
-        valid = [slice(span.start, span.stop) for span in spans]
-        key = torch.cat([key[row, take] for (key, _), take in zip(tensors, valid, strict=True)])
-        value = torch.cat([value[row, take] for (_, value), take in zip(tensors, valid, strict=True)])
+        key, value = (
+            torch.cat([_rows(args, s, tensors[s][i], row, span) for s, span in enumerate(spans)])
+            for i in range(2)
+        )
         # (key head, head of its group, token)
         grouped = query[row, 0].to(compute).unflatten(0, (args.key_heads(), -1))
         logits = torch.einsum("kgd,nkd->kgn", grouped, key) * args.scale
@@ -44,7 +47,8 @@ def decode_attention(
         lse[row, :, 0] = total.flatten()
         shares = weights.mean(dim=1).split([len(span) for span in spans], dim=-1)
         for buffer, segment in zip(args.mass, args.mass_segment, strict=True):
-            buffer[row, :, valid[segment]] += shares[segment].to(buffer.dtype)
+            valid = spans[segment]
+            buffer[row, :, valid.start : valid.stop] += shares[segment].to(buffer.dtype)
     return out, lse
 
 
@@ -63,8 +67,40 @@ def _bounds(args: DecodeArgs, segment: int) -> list[tuple[int, int]]:
     return list(zip(begins, ends, strict=True))
 
 
-def _dense(args: DecodeArgs, segment: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The segment's keys and values, (B, N, Hkv, D)."""
+def _check_pages(args: DecodeArgs, segment: int, bounds: list[tuple[int, int]]) -> None:
+    """Raises ValueError unless the pages of all valid tokens exist."""
+    table = args.block_table[segment]
+    if table is None:
+        return
+    pages, size = args.key[segment].shape[:2]
+    for row, span in enumerate(bounds):
+        blocks = _blocks(range(*span), size)
+        for block, page in zip(blocks, table[row, blocks.start : blocks.stop].tolist(), strict=True):
+            if not 0 <= page < pages:
+                raise ValueError(
+                    f"block_table: row {row} of segments[{segment}] has page {page} at {block}, "
+                    f"must be in [0, {pages})"
+                )
+
+
+def _blocks(tokens: range, size: int) -> range:
+    """The blocks of a table that these tokens lie in."""
+    return range(tokens.start // size, -(-tokens.stop // size) if tokens else tokens.start // size)
+
+
+def _rows(args: DecodeArgs, segment: int, tensor: torch.Tensor, row: int, tokens: range) -> torch.Tensor:
+    """These tokens of a batch row, (tokens, Hkv, D), of the segment's keys or values."""
+    table = args.block_table[segment]
+    if table is None:
+        return tensor[row, tokens.start : tokens.stop]
+    size = tensor.shape[1]
+    blocks = _blocks(tokens, size)
+    pages = tensor[table[row, blocks.start : blocks.stop].long()].flatten(0, 1)
+    return pages[tokens.start - blocks.start * size :][: len(tokens)]
+
+
+def _unpacked(args: DecodeArgs, segment: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The segment's keys and values, (B, N, Hkv, D), or its pages."""
     if args.bits[segment] == 0:
         return args.key[segment].to(dtype), args.value[segment].to(dtype)
     block = torch.arange(args.tokens(segment), device=args.query.device) // args.block[segment]

@@ -75,7 +75,9 @@ def wide(segment: Segment) -> Segment:
 def dequantised(segment: Segment, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values (B, N, Hkv, D), by the words of the documentation."""
     if isinstance(segment, KVSegment):
-        return segment.key, segment.value
+        if segment.block_table is None:
+            return segment.key, segment.value
+        return gathered(segment.key, segment.block_table), gathered(segment.value, segment.block_table)
     block = torch.arange(segment.tokens) // segment.block
     scale, zero, channel = (
         x.double()[:, :, block] for x in (segment.key_scale, segment.key_zero, segment.value_channel)
@@ -88,10 +90,16 @@ def dequantised(segment: Segment, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return key.to(dtype).transpose(1, 2), (channel * inner).to(dtype).transpose(1, 2)
 
 
+def gathered(pages: Tensor, table: Tensor) -> Tensor:
+    """The pages of each row one after the other, (B, N, Hkv, D); a page that there is not is of zeros."""
+    there = (table >= 0) & (table < len(pages))
+    padded = torch.cat([pages, pages.new_zeros(1, *pages.shape[1:])])
+    return padded[table.long().where(there, len(pages))].flatten(1, 2)
+
+
 def bounds_of(segment: Segment, row: int) -> tuple[int, int]:
-    tokens = segment.tokens if isinstance(segment, PackedKV) else segment.key.shape[1]
     leftpad = None if isinstance(segment, PackedKV) else segment.leftpad
-    end = tokens if segment.lens is None else int(segment.lens[row])
+    end = segment.tokens if segment.lens is None else int(segment.lens[row])
     return (0 if leftpad is None else int(leftpad[row])), end
 
 
@@ -124,11 +132,14 @@ def plain(
 
 
 def buffers(segments: Sequence[Segment], heads: int) -> list[Tensor]:
-    shapes = [
-        (s.tokens, s.key_codes.shape[0]) if isinstance(s, PackedKV) else (s.key.shape[1], s.key.shape[0])
-        for s in segments
-    ]
-    return [torch.zeros(batch, heads, tokens) for tokens, batch in shapes]
+    return [torch.zeros(rows_of(segment), heads, segment.tokens) for segment in segments]
+
+
+def rows_of(segment: Segment) -> int:
+    """Batch rows."""
+    if isinstance(segment, PackedKV):
+        return segment.key_codes.shape[0]
+    return (segment.key if segment.block_table is None else segment.block_table).shape[0]
 
 
 def check(backend: Backend, query: Tensor, segments: Sequence[Segment], heads: int, **options: Any) -> None:

@@ -200,6 +200,15 @@ def decode_attention(dtype: torch.dtype) -> Call:
     return Call("decode_attention", (torch.randn(2, 1, 6, 64).to(dtype), segments), {"mass": mass})
 
 
+def decode_attention_in_pages(dtype: torch.dtype) -> Call:
+    """Pages that come in any order, also twice; with each seed in another."""
+    key, value = (torch.randn(7, 16, 2, 64).to(dtype) for _ in range(2))
+    bounds = (numbers(50, 80, 2), numbers(0, 20, 2))
+    segments = [KVSegment(key, value, *bounds, numbers(0, 6, 2, 5)), packed(4, 65)]
+    mass = [torch.rand(2, 2, tokens) for tokens in (80, 65)]
+    return Call("decode_attention", (torch.randn(2, 1, 6, 64).to(dtype), segments), {"mass": mass})
+
+
 CASES: dict[str, Callable[[torch.dtype], Call]] = {
     "importance": importance,
     "importance, lse": importance_with_lse,
@@ -218,6 +227,7 @@ CASES: dict[str, Callable[[torch.dtype], Call]] = {
     "quantize_kv_": quantize_kv_in_place,
     "dequantize_kv": dequantize_kv,
     "decode_attention": decode_attention,
+    "decode_attention, pages": decode_attention_in_pages,
 }
 """Name -> the call for a dtype of its large tensors, with random values."""
 

@@ -172,6 +172,7 @@ import sys
 import torch
 from lightvlm_ext import ops
 from tests.ops.decode_cases import dense, packed, query_of
+from tests.ops.decode_pages import in_pages, unpaged
 results = []
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for width in (32, 80, 128):
@@ -179,9 +180,12 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         query = query_of(2, 9, width, dtype)
         segments = [dense(2, 70, 1, width, dtype)]
         segments += [packed(bits, 2, 330, 1, width, block=128) for bits in (8, 4, 2)]
-        mass = [torch.zeros(2, 1, tokens) for tokens in (70, 330, 330, 330)]
+        segments.append(in_pages(48, 1, width, dtype, lens=[600, 257], leftpad=[3, 0]))
+        mass = [torch.zeros(2, 1, segment.tokens) for segment in segments]
         out, lse = ops.decode_attention(query, segments, mass=mass)
         results += [out, lse, *mass]
+        again = ops.decode_attention(query, [*segments[:-1], unpaged(segments[-1])])
+        assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
 torch.save(results, sys.argv[1])
 """
 

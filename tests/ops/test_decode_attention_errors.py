@@ -12,13 +12,18 @@ import lightvlm_ext
 from lightvlm_ext import ops
 from tests.ops.backends import BACKENDS, CPU, EMULATED, REFERENCE, Backend
 from tests.ops.decode_cases import NAN, Segment, dense, packed, query_of, wide
+from tests.ops.decode_pages import in_pages
 from tests.ops.packing import lens_of
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 
 Q, K, P = query_of(2, 4, 64), dense(2, 6, 2, 64), packed(4, 2, 70, 2, 64, block=64)
 MASS = [torch.zeros(2, 2, 6), torch.zeros(2, 2, 70)]
+PAGED = in_pages(32, 2, 64, torch.float32, lens=[40, 9], blocks=2)
 SPARSE = K.key.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+TABLE = torch.zeros(2, 2, dtype=torch.int32)
 
 
 def change(segment: Segment, **changed: Any) -> list[Segment]:
@@ -53,6 +58,52 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"segments": change(K, key=K.key.to("meta"))}, ValueError, r"segments\[0\].key: is on meta"),
     ({"segments": change(K, lens=lens_of(1))}, ValueError, r"segments\[0\].lens: has shape \(1,\)"),
     ({"segments": change(K, leftpad=torch.zeros(2))}, TypeError, r"segments\[0\].leftpad: has dtype float32"),
+    ({"segments": change(PAGED, block_table=[0])}, TypeError, r"segments\[0\].block_table: got list"),
+    (
+        {"segments": change(PAGED, block_table=TABLE.long())},
+        TypeError,
+        r"segments\[0\].block_table: has dtype int64, must be int32",
+    ),
+    (
+        {"segments": change(PAGED, block_table=TABLE[:1])},
+        ValueError,
+        r"segments\[0\].block_table: has shape \(1, 2\), must be \(2, max_blocks\)",
+    ),
+    (
+        {"segments": change(PAGED, block_table=TABLE.T.contiguous().T)},
+        ValueError,
+        r"segments\[0\].block_table: last dimension has stride 2",
+    ),
+    (
+        {"segments": change(PAGED, block_table=TABLE.to("meta"))},
+        ValueError,
+        r"segments\[0\].block_table: is on meta",
+    ),
+    *(
+        (
+            {"segments": change(PAGED, key=wrong, value=wrong)},
+            ValueError,
+            rf"segments\[0\].key: has page_size {size}, must be a multiple of 16 from 16 to 256",
+        )
+        for size in (0, 8, 24, 272)
+        for wrong in [torch.zeros(4, size, 2, 64)]
+    ),
+    (
+        {"segments": change(PAGED, key=PAGED.key[..., :32])},
+        ValueError,
+        r"segments\[0\].key: has shape .* must be \(P, page_size, Hkv, 64\)",
+    ),
+    ({"segments": change(PAGED, value=PAGED.value[1:])}, ValueError, r"segments\[0\].value: has shape"),
+    (
+        {"segments": [K, *change(PAGED, key=PAGED.key[:, :, :1])]},
+        ValueError,
+        r"segments\[1\].key: has 1 heads",
+    ),
+    (
+        {"segments": [PAGED], "mass": [torch.zeros(2, 2, 32)]},
+        ValueError,
+        r"mass\[0\]: has shape \(2, 2, 32\), must be \(2, 2, 64\)",
+    ),
     ({"segments": [K, dense(2, 6, 1, 64)]}, ValueError, r"segments\[1\].key: has 1 heads, must have 2"),
     ({"segments": change(P, bits=3)}, ValueError, r"segments\[0\].bits: got 3, must be 8, 4 or 2"),
     ({"segments": change(P, bits=2)}, ValueError, r"segments\[0\].key_codes: has shape"),

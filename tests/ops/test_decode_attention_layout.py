@@ -201,6 +201,7 @@ def test_opcheck() -> None:
         [0, second.block],
         [lens_of(3, 30), None],
         [lens_of(3, 1), None],
+        [None, None],
         [None, second.key_scale],
         [None, second.key_zero],
         [None, second.value_channel],

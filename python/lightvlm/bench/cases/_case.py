@@ -58,8 +58,9 @@ class Case:
 
     name: of the inputs.   op: calls the native op.   baselines: name -> the same result in plain torch.
     verify: raises AssertionError unless they agree.   floors: name -> a plain copy of as many bytes as the op
-    moves.   bytes: how many the op has to read and write.   flops: that it has to do; 0 where bytes are the bound.
-    precision: of the arithmetic that flops counts; says which ceiling of the device applies.
+    moves, or the op itself on an easier input.   bytes: how many the op has to read and write.
+    flops: that it has to do; 0 where bytes are the bound.   precision: of the arithmetic that flops counts; says
+    which ceiling of the device applies.
     parameters: what a goal is found by (`bench/goals.py`). model, tokens and batch are those of the Sizes that the
     case was made for, unless it says otherwise; the rest it has to say: rows (of select), window (probe rows), lse
     ("given" or "own"), layers, dtype ("bfloat16" ...), bits ("8", "4", "2", "4/2").

@@ -1,4 +1,5 @@
-"""``decode_attention`` over caches of 16, 8, 4 and 4/2 bits against the attention that torch has for 16 bits."""
+"""``decode_attention`` over caches of 16, 8, 4 and 4/2 bits against the attention that torch has for 16 bits, and over
+one in pages against the same after the pages were gathered."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from ._case import Case, Geometry, Sizes, dtype_name, require
 
 _CPU_TOKENS, _GPU_TOKENS = (8192, 32768), (2048, 8192, 32768, 131072)
 _LARGEST_ON_CPU = 65536  # batch times tokens
+_PAGE_SIZES = (16, 256)
 _HIGH_SHARE = 0.4  # of the tokens of a 4/2-bit cache
 
 Segment = KVSegment | PackedKV
@@ -23,7 +25,7 @@ Segment = KVSegment | PackedKV
 
 def cases(sizes: Sizes) -> Iterator[Case]:
     """One layer, one new token per row; keys and values that are normally distributed. With the mass of each key and
-    without; on a CPU also a dense cache in fp32."""
+    without; on a CPU also a dense cache in fp32. Pages of all heads, in random order."""
     on_cpu = sizes.device.type == "cpu"
     for tokens in sizes.tokens or (_CPU_TOKENS if on_cpu else _GPU_TOKENS):
         for model, geometry in sizes.geometries().items():
@@ -39,6 +41,8 @@ def _of_size(batch: int, tokens: int, model: str, geometry: Geometry, device: to
     if device.type == "cpu":
         wide = [KVSegment(key.float(), value.float())]
         yield _case(_name("16", batch, tokens, model, geometry), query, wide, "32", None)
+    for size in _PAGE_SIZES:
+        yield _in_pages(size, tokens, model, geometry, query.bfloat16(), key, value)
     for bits in ("16", "8", "4", "4/2"):
         segments = _segments(key, value, bits)
         mass = [
@@ -125,6 +129,63 @@ def _case(
             "mass": "yes" if mass else "no",
         },
     )
+
+
+def _in_pages(
+    size: int, tokens: int, model: str, geometry: Geometry, query: Tensor, key: Tensor, value: Tensor
+) -> Case:
+    """The same cache in pages of `size` tokens. Beside it, in the place of a copy: the op over the cache in a piece."""
+    batch, blocks = key.shape[0], -(-tokens // size)
+    table = torch.randperm(batch * blocks, device=key.device).int().view(batch, blocks)
+    lens = torch.full((batch,), tokens, dtype=torch.int32, device=key.device)
+    key_pages, value_pages = (_paged(one, table, size) for one in (key, value))
+    segment = KVSegment(key_pages, value_pages, lens, block_table=table)
+    piece = KVSegment(key, value)
+    heads_first = (batch, geometry.kv_heads, tokens, geometry.head_dim)
+    room = [torch.empty(heads_first, dtype=key.dtype, device=key.device) for _ in range(2)]
+    dense = _case(_name("16", batch, tokens, model, geometry), query, [piece], "16", None)
+
+    def gather() -> None:
+        for pages, to in zip((key_pages, value_pages), room, strict=True):
+            to.copy_(pages[table.long()].flatten(1, 2)[:, :tokens].transpose(1, 2))
+
+    def after_gather(attend: Callable[[], object]) -> Callable[[], object]:
+        def both() -> object:
+            gather()
+            return attend()
+
+        return both
+
+    def op() -> tuple[Tensor, Tensor]:
+        return ops.decode_attention(query, [segment])
+
+    def verify() -> None:
+        dense.verify()
+        gather()
+        require(torch.equal(room[0].transpose(1, 2), key), "the pages hold something else")
+        difference = (op()[0].float() - ops.decode_attention(query, [piece])[0].float()).abs().max()
+        require(bool(difference <= 1e-2), "decode_attention over pages is wrong")
+
+    ways = _baselines(query, room[0], room[1], False)
+    return dataclasses.replace(
+        dense,
+        name=f"{dense.name}, pages of {size}",
+        op=op,
+        baselines={f"gather, {way}": after_gather(attend) for way, attend in ways.items()},
+        verify=verify,
+        floors={"decode_attention, not in pages": dense.op},
+        parameters={**dense.parameters, "page_size": size},
+    )
+
+
+def _paged(rows: Tensor, table: Tensor, size: int) -> Tensor:
+    """Pages (P, size, Hkv, D) with the rows (B, N, Hkv, D) where the table says; zeros after the last token."""
+    batch, blocks = table.shape
+    room = rows.new_zeros(batch, blocks * size, *rows.shape[2:])
+    room[:, : rows.shape[1]] = rows
+    pages = torch.empty_like(room.view(batch * blocks, size, *rows.shape[2:]))
+    pages[table.flatten().long()] = room.view_as(pages)
+    return pages
 
 
 def _dense(segment: Segment, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
