@@ -16,13 +16,17 @@ from lightvlm_ext._version import __version__
 if TYPE_CHECKING:
     from .cache import CompactCache
     from .methods import LightVLM, Random, method, method_names
+    from .paged_cache import PagedCompactCache
+    from .pages import KVPages
     from .plan import Plan
     from .report import Report
     from .runtime import Run, attach
 
 __all__ = [
     "CompactCache",
+    "KVPages",
     "LightVLM",
+    "PagedCompactCache",
     "Plan",
     "Random",
     "Report",
@@ -36,7 +40,9 @@ __all__ = [
 # Imported at first use: torch takes a second, transformers several, and `lightvlm --help` needs neither.
 _HOME = {
     "CompactCache": "cache",
+    "KVPages": "pages",
     "LightVLM": "methods",
+    "PagedCompactCache": "paged_cache",
     "Plan": "plan",
     "Random": "methods",
     "Report": "report",

@@ -138,6 +138,10 @@ class CompactLayer(CacheLayerMixin):
             return
         if key_states.shape[0] != len(self.ends):
             raise ValueError(f"key_states has {key_states.shape[0]} rows, the cache has {len(self.ends)}")
+        self._check_kind(key_states, value_states)
+
+    def _check_kind(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Raise a ValueError unless states have the heads and the dtype of the storage."""
         for name, states, storage in (
             ("key_states", key_states, self.key_storage),
             ("value_states", value_states, self.value_storage),

@@ -1,0 +1,306 @@
+"""PagedLayer: a CompactLayer whose tokens stand in pages that it shares with other layers and other caches.
+
+Row b's token n lies in page ``blocks.rows[b][n // page_size]``, at n % page_size; which tokens are valid,
+``starts`` and ``ends`` say, as in a buffer. A page that anyone else uses is never written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lightvlm_ext import OutOfPages, ops
+from lightvlm_ext.ops import KVSegment, PackedKV
+
+from .cache_layer import SLACK, CompactLayer, check_rows
+from .host import upload
+from .pages import BlockRows, KVPages, make_room, upload_tables
+
+
+class PagedLayer(CompactLayer):
+    """Keys and values of one decoder layer in pages. Attributes as of CompactLayer, but:
+
+    key_storage, value_storage (P, page_size, Hkv, D): all pages.   blocks: which of them are this layer's.
+    ragged: in a layer that an attached model filled, always: attention follows the block table.
+    """
+
+    def __init__(self, pages: KVPages) -> None:
+        self.pages = pages
+        self.blocks = BlockRows(pages)
+        super().__init__()
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.key_storage, self.value_storage = self.pages.key_pages, self.pages.value_pages
+        self.blocks.release()
+        self._slots: Tensor | None = None
+        self._bounds_to_come: tuple[Tensor, Tensor] | None = None
+
+    def fork(self) -> Self:
+        """A second layer that holds the same; their pages are shared until one of the two writes."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.blocks = self.blocks.fork()
+        with torch.inference_mode(False):
+            other.mass = self.mass.clone() if self.mass is not None else None
+        other._queries, other._slots = list(self._queries), None
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.fork()
+
+    # -- writing
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch = key_states.shape[0]
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.starts, self.ends = [0] * batch, [0] * batch
+        self.blocks.start(batch)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append (B, Hkv, S, D) states, and return them: attention reads the pages (:meth:`segments`,
+        :meth:`whole`).
+
+        Raises:
+            OutOfPages: too few pages are free; nothing has changed then.
+        """
+        self.check_room(key_states, value_states)
+        first, new = not self.is_initialized, key_states.shape[2]
+        if first:
+            self.lazy_initialization(key_states, value_states)
+        if self._slots is None or len(self._slots) != new * len(self.ends):
+            try:
+                reserve([self], new)
+            except OutOfPages:
+                if first:
+                    self._clear()
+                raise
+        assert self._slots is not None
+        for storage, states in ((self.key_storage, key_states), (self.value_storage, value_states)):
+            rows = states.detach().transpose(1, 2).reshape(-1, *storage.shape[2:])
+            storage.view(-1, *storage.shape[2:]).index_copy_(0, self._slots, rows)
+        self.ends = [end + new for end in self.ends]
+        self.seen += new
+        self.tail += new
+        self._bounds, self._slots = self._bounds_to_come, None
+        self._fit_mass()
+        return key_states, value_states
+
+    def check_room(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Raise a ValueError unless (B, Hkv, S, D) states fit the pages and what is stored."""
+        super().check_room(key_states, value_states)
+        if not self.is_initialized:
+            self._check_kind(key_states, value_states)
+        if key_states.device != self.pages.device:
+            raise ValueError(f"key_states is on {key_states.device}, the pages are on {self.pages.device}")
+
+    def begin(self, starts: list[int], seen: int, tail: int, ragged: bool) -> None:
+        """As of a CompactLayer; whole pages of padding are given up."""
+        super().begin(starts, seen, tail, ragged)
+        self.ragged = True  # pages are no tensor that another attention could read
+        whole = [start // self.pages.page_size for start in starts]
+        if any(whole):
+            self.blocks.drop_front(whole)
+            gone = [blocks * self.pages.page_size for blocks in whole]
+            self.starts = [start - less for start, less in zip(self.starts, gone, strict=True)]
+            self.ends = [end - less for end, less in zip(self.ends, gone, strict=True)]
+
+    def _fit_mass(self, slack: int = SLACK) -> None:
+        """Room in ``mass`` for every token that there are pages for."""
+        if not self.wants_mass or (self.mass is not None and self.mass.shape[2] >= self.blocks.room):
+            return
+        before = self.mass
+        with torch.inference_mode(False):
+            room = self.blocks.room + slack
+            self.mass = torch.zeros(len(self.ends), self.pages.heads[0], room, device=self.pages.device)
+        if before is not None:
+            self.mass[:, :, : before.shape[2]] = before
+
+    # -- reading
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """Stored keys (B, Hkv, N, D), a copy; None before the first token."""
+        return self.buffer()[0].transpose(1, 2) if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """Stored values (B, Hkv, N, D), a copy; None before the first token."""
+        return self.buffer()[1].transpose(1, 2) if self.is_initialized else None
+
+    def buffer(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, N, Hkv, D), gathered from the pages; row b's stand at [starts[b], ends[b])."""
+        table, used = self.blocks.table(), max(self.ends)
+        outside = None
+        if any(self.starts) or len(set(self.ends)) > 1:
+            # Others' tokens may lie there, and a masked key still meets a weight of 0, which NaN survives.
+            starts, ends = self.bounds()
+            at = torch.arange(used, device=table.device)
+            outside = ((at < starts[:, None]) | (at >= ends[:, None]))[..., None, None]
+        found = []
+        for storage in (self.key_storage, self.value_storage):
+            taken = storage.index_select(0, table.reshape(-1))
+            taken = taken.view(len(table), -1, *storage.shape[2:])[:, :used]
+            found.append(taken if outside is None else taken.masked_fill_(outside, 0))
+        return found[0], found[1]
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, Hkv, seen, D) of a layer from which nothing is gone; zeros where a row has padding that
+        is not stored."""
+        found = self.buffer()
+        if any(self.starts) or set(self.ends) != {self.seen}:
+            out = [states.new_zeros(len(states), self.seen, *states.shape[2:]) for states in found]
+            for row, (start, end) in enumerate(zip(self.starts, self.ends, strict=True)):
+                for to, states in zip(out, found, strict=True):
+                    to[row, self.seen - (end - start) :] = states[row, start:end]  # padding stands on the left
+            found = (out[0], out[1])
+        return found[0].transpose(1, 2), found[1].transpose(1, 2)
+
+    def segments(self, behind: int = 0) -> list[KVSegment | PackedKV]:
+        starts, ends = self.bounds()
+        ends = ends - behind if behind else ends
+        table = self.blocks.table()
+        return [KVSegment(self.key_storage, self.value_storage, lens=ends, leftpad=starts, block_table=table)]
+
+    def masses(self) -> list[Tensor | None] | None:
+        return None if self.mass is None else [self.mass[:, :, : self.blocks.room]]
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        if self.dropped:
+            return super().get_mask_sizes(query_length)
+        new = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.seen + new, 0  # what a model that is not attached is given, padding included
+
+    # -- what leaves, and what is shared
+
+    def compacted(self, kept: list[int], tail: int) -> None:
+        super().compacted(kept, tail)
+        self.blocks.keep(self.ends)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        tokens_to_remove = self.check_crop(tokens_to_remove)
+        if not self.is_initialized or tokens_to_remove == 0:
+            return
+        if self.seen + tokens_to_remove <= 0:
+            self._clear()
+            return
+        super().crop(tokens_to_remove)
+        self.ends = [max(start, end) for start, end in zip(self.starts, self.ends, strict=True)]
+        self._bounds = self._slots = None
+        self.blocks.keep(self.ends)
+
+    @property
+    def rows_differ(self) -> bool:
+        """Whether it matters which row is taken: each has its own pages."""
+        return len(self.ends) > 1
+
+    def batch_select_indices(self, indices: Tensor, rows: list[int] | None = None) -> None:
+        """Take the rows ``indices`` (B',) of the batch, sharing their pages; ``rows``: the same on the host, which
+        otherwise waits for them."""
+        if not self.is_initialized:
+            return
+        check_rows(indices, len(self.ends))
+        if rows is None:
+            rows = indices.tolist()
+        self.blocks.select(rows)
+        self.starts = [self.starts[row] for row in rows]
+        self.ends = [self.ends[row] for row in rows]
+        on_device = indices.to(self.pages.device)
+        if self.mass is not None:
+            with torch.inference_mode(False):
+                self.mass = self.mass.index_select(0, on_device)
+        self._queries = [query.index_select(0, on_device) for query in self._queries]
+        self._bounds = self._slots = None
+
+    def shrink(self, slack: int = 0) -> None:
+        """Pages are given back at once; only the mass has room to spare."""
+        if self.mass is not None and self.mass.shape[2] > self.blocks.room + slack:
+            with torch.inference_mode(False):
+                self.mass = self.mass[:, :, : self.blocks.room + slack].clone()
+
+    def bytes_allocated(self) -> int:
+        """Bytes of the pages, one that rows share counted once, and of the mass."""
+        mass = self.mass.nbytes if self.mass is not None else 0
+        return len(set(self.blocks.ids)) * self.pages.page_bytes + mass
+
+
+def reserve(layers: Sequence[PagedLayer], new: int) -> None:
+    """Take the pages that ``new`` more tokens of every row need, in all of these layers or in none, and say where the
+    tokens go: one upload for all layers, and another where the block tables changed.
+
+    Raises:
+        OutOfPages: too few are free; nothing has changed then.
+    """
+    several = [layer.blocks for layer in layers]
+    spans = [[(end, end + new) for end in layer.ends] for layer in layers]
+    make_room(several, spans)
+    if any(blocks.stale for blocks in several):
+        upload_tables(several)
+    pages, batches = layers[0].pages, [len(layer.ends) for layer in layers]
+    slots: list[int] = []
+    for blocks, own in zip(several, spans, strict=True):
+        for row, (begin, end) in zip(blocks.rows, own, strict=True):
+            slots += _slots(row, begin, end, pages.page_size)
+    of_layer = upload(slots, pages.device, torch.int64).split([batch * new for batch in batches])
+    starts, ends = upload(
+        [[start for layer in layers for start in layer.starts], [end for own in spans for _, end in own]],
+        pages.device,
+    )
+    parts = zip(layers, of_layer, starts.split(batches), ends.split(batches), strict=True)
+    for layer, places, first, last in parts:
+        layer._slots, layer._bounds_to_come = places, (first, last)
+
+
+def _slots(row: list[int], begin: int, end: int, size: int) -> list[int]:
+    """Where tokens [begin, end) of a row stand among the tokens of all pages."""
+    found: list[int] = []
+    while begin < end:
+        block, at = divmod(begin, size)
+        number = min(size - at, end - begin)
+        first = row[block] * size + at
+        found.extend(range(first, first + number))
+        begin += number
+    return found
+
+
+def move_pages(layers: Sequence[PagedLayer], index: Sequence[Tensor], count: Sequence[Tensor]) -> None:
+    """Move tokens, and what they received, to the front of their rows: the pages of all layers in one launch, what was
+    received in another. Pages that others use are copied before: up to the most that may stay of a row, for
+    which token is the first to move, the device alone knows.
+
+    Args:
+        index: for each layer (B, M) int32, tokens that stay.   count: for each (B,) int32.
+
+    Raises:
+        OutOfPages: too few are free for the copies; nothing has changed then.
+    """
+    pages, several = layers[0].pages, [layer.blocks for layer in layers]
+    most = [one.shape[1] for one in index]
+    make_room(
+        several,
+        [[(0, min(end, few)) for end in layer.ends] for layer, few in zip(layers, most, strict=True)],
+    )
+    padded = [torch.nn.functional.pad(one, (0, max(most) - one.shape[1]), value=-1) for one in index]
+    # Without users of the pages: what is written has no others, and the op need not look.
+    ops.compact_paged_kv_(
+        pages.key_pages,
+        pages.value_pages,
+        upload_tables(several),
+        torch.cat(padded),
+        torch.cat(list(count)),
+        lens=upload([end for layer in layers for end in layer.ends], pages.device),
+    )
+    received = [
+        (layer.mass.transpose(1, 2)[..., None], one, number)
+        for layer, one, number in zip(layers, index, count, strict=True)
+        if layer.mass is not None
+    ]
+    if received:  # one number a token and head; there are no values beside it
+        masses, indexes, counts = ([part[i] for part in received] for i in range(3))
+        ops.compact_kv_(masses, [mass[..., :0] for mass in masses], indexes, counts)
