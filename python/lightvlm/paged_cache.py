@@ -12,11 +12,14 @@ from lightvlm_ext import OutOfPages
 
 from .cache import CompactCache
 from .cache_layer import check_rows
+from .host import upload
 from .paged_layer import PagedLayer, move_pages, reserve
 from .pages import KVPages, missing
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from lightvlm_ext.ops import Selection
 
     from .cache_layer import CompactLayer
     from .plan import Plan
@@ -60,7 +63,9 @@ class PagedCompactCache(CompactCache):
 
     def _set_plan(self, plan: Plan) -> None:
         if plan.precision is not None:
-            raise ValueError("plan.precision packs the cache, and pages hold 16 or 32 bits; use a CompactCache")
+            raise ValueError(
+                "plan.precision packs the cache, and pages hold 16 or 32 bits; use a CompactCache"
+            )
         super()._set_plan(plan)
 
     def fork(self) -> Self:
@@ -95,6 +100,14 @@ class PagedCompactCache(CompactCache):
         layer = self.layers[layer_idx]
         reads_itself = layer.ragged and self.attached
         return stored if first or reads_itself else layer.whole()
+
+    def keep_only(self, selections: dict[int, Selection], tail: int) -> None:
+        """As of a CompactCache, right after a prompt."""
+        here = {}  # the places are those of the prompt, of whose padding the layers left whole pages out
+        for index, selection in selections.items():
+            left_out = upload(self.layers[index].left_out, self.pages.device)
+            here[index] = selection._replace(index=selection.index - left_out[:, None])
+        super().keep_only(here, tail)
 
     def _move(self, layers: Sequence[CompactLayer], index: list[Tensor], count: list[Tensor]) -> None:
         move_pages([layer for layer in layers if isinstance(layer, PagedLayer)], index, count)

@@ -24,6 +24,7 @@ class PagedLayer(CompactLayer):
     """Keys and values of one decoder layer in pages. Attributes as of CompactLayer, but:
 
     key_storage, value_storage (P, page_size, Hkv, D): all pages.   blocks: which of them are this layer's.
+    left_out: tokens of padding that each row of the prompt had before its first page.
     ragged: in a layer that an attached model filled, always: attention follows the block table.
     """
 
@@ -36,6 +37,7 @@ class PagedLayer(CompactLayer):
         super()._clear()
         self.key_storage, self.value_storage = self.pages.key_pages, self.pages.value_pages
         self.blocks.release()
+        self.left_out: list[int] = []
         self._slots: Tensor | None = None
         self._bounds_to_come: tuple[Tensor, Tensor] | None = None
 
@@ -105,11 +107,11 @@ class PagedLayer(CompactLayer):
         super().begin(starts, seen, tail, ragged)
         self.ragged = True  # pages are no tensor that another attention could read
         whole = [start // self.pages.page_size for start in starts]
+        self.left_out = [blocks * self.pages.page_size for blocks in whole]
         if any(whole):
             self.blocks.drop_front(whole)
-            gone = [blocks * self.pages.page_size for blocks in whole]
-            self.starts = [start - less for start, less in zip(self.starts, gone, strict=True)]
-            self.ends = [end - less for end, less in zip(self.ends, gone, strict=True)]
+            self.starts = [start - less for start, less in zip(self.starts, self.left_out, strict=True)]
+            self.ends = [end - less for end, less in zip(self.ends, self.left_out, strict=True)]
 
     def _fit_mass(self, slack: int = SLACK) -> None:
         """Room in ``mass`` for every token that there are pages for."""
@@ -158,7 +160,9 @@ class PagedLayer(CompactLayer):
             out = [states.new_zeros(len(states), self.seen, *states.shape[2:]) for states in found]
             for row, (start, end) in enumerate(zip(self.starts, self.ends, strict=True)):
                 for to, states in zip(out, found, strict=True):
-                    to[row, self.seen - (end - start) :] = states[row, start:end]  # padding stands on the left
+                    to[row, self.seen - (end - start) :] = states[
+                        row, start:end
+                    ]  # padding stands on the left
             found = (out[0], out[1])
         return found[0].transpose(1, 2), found[1].transpose(1, 2)
 

@@ -168,7 +168,7 @@ class Caches(RuleBasedStateMachine):
     def needed(self, mirror: Mirror, spans: list[list[tuple[int, int]]]) -> int:
         """Pages that writing these tokens takes, row by row: those that are missing, and a copy of each that has
         another user at that moment."""
-        users = Counter({page: n for page, n in enumerate(self.pages.pool.refcounts())})
+        users = Counter(dict(enumerate(self.pages.pool.refcounts())))
         total = 0
         for layer, own in zip(mirror.cache.layers, spans, strict=True):
             for row, (begin, end) in zip(layer.blocks.rows, own, strict=True):
