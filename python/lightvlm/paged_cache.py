@@ -10,11 +10,13 @@ from torch import Tensor
 
 from lightvlm_ext import OutOfPages
 
+from .block_rows import missing
 from .cache import CompactCache
 from .cache_layer import check_rows
 from .host import upload
-from .paged_layer import PagedLayer, move_pages, reserve
-from .pages import KVPages, missing
+from .paged_layer import PagedLayer
+from .pages import KVPages
+from .paging import move_pages, reserve
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -359,7 +359,7 @@ class HalfPrecision(Caches):
     dtype, page_size, number = torch.bfloat16, 32, 24
 
 
-_SETTINGS = settings(max_examples=25, stateful_step_count=40)
+_SETTINGS = settings(max_examples=50, stateful_step_count=40)
 Caches.TestCase.settings = HalfPrecision.TestCase.settings = _SETTINGS
 TestCaches = Caches.TestCase
 TestHalfPrecision = HalfPrecision.TestCase
