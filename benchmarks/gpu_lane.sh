@@ -4,14 +4,15 @@
 # Needs torch with CUDA, nvcc, cmake and ninja; installs nothing and leaves the device's settings alone. Each part has a
 # limit of its own, and all share N seconds (default 570, or LIGHTVLM_LANE_SECONDS); parts come in the order of their
 # worth, and what no longer fits is noted as "not run". One that fails stops none of the others.
-#   parts: tests ops sanitizer profile decoder            (build and doctor come first whenever something needs them)
+#   parts: tests ops sanitizer profile decoder decode sparse   (build and doctor come first whenever something needs them)
 # A second call with the parts that were not run goes on from the same build. --dry-run runs nothing and lists the parts.
-# Output, at most eight files: summary.json, log.txt, ops.json, decoder.json, nsys.json, ncu.json, ptxas.txt.
+# Output, at most eight files: summary.json, log.txt (with what ptxas says of each kernel), ops.json, decoder.json,
+# decode.json, sparse.json, nsys.json, ncu.json.
 # Exit status: 0 if every part that ran did well, 1 if not, 2 on a usage error.
 set -uo pipefail
 
 usage() {
-    sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
 
@@ -30,7 +31,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 [[ $out && $seconds =~ ^[0-9]+$ ]] || usage
-known=(tests ops sanitizer profile decoder)
+known=(tests ops sanitizer profile decoder decode sparse)
 for part in "${wanted[@]}"; do
     [[ " ${known[*]} " == *" $part "* ]] || { echo "gpu_lane.sh: no part $part; there are ${known[*]}" >&2; exit 2; }
 done
@@ -123,9 +124,11 @@ run_sanitizer() {
 
 # Half of what is left if other parts come after it. The benchmark itself ends a little before its limit, with a result.
 run_ops() {
-    local most
+    local most later
     most=$(left)
-    if asked sanitizer || asked profile || asked decoder; then most=$((most / 2)); fi
+    for later in sanitizer profile decoder decode sparse; do
+        if asked $later; then most=$((most / 2)) && break; fi
+    done
     part ops 40 "$most" bash -c \
         "'$python' -m lightvlm bench ops --device cuda --seconds $((most > 60 ? most - 25 : 35)) --json >'$out/ops.json'"
 }
@@ -137,6 +140,21 @@ run_profile() {
 
 run_decoder() {
     part decoder 40 150 bash -c "'$python' -m lightvlm bench decoder --device cuda --json >'$out/decoder.json'"
+}
+
+# As for the ops: a little before the limit it ends, and what is left is skipped.
+run_decode() {
+    local most
+    most=$(($(left) < 330 ? $(left) : 330))
+    part decode 60 "$most" bash -c "'$python' -m lightvlm bench decode --device cuda --geometry qwen2.5-vl-7b \
+        --tokens 8192 32768 --batch 1 8 32 --seconds $((most > 90 ? most - 45 : 45)) --json >'$out/decode.json'"
+}
+
+run_sparse() {
+    local most
+    most=$(($(left) < 240 ? $(left) : 240))
+    part sparse 60 "$most" bash -c "'$python' -m lightvlm bench sparse --device cuda --geometry qwen2.5-vl-7b \
+        --seconds $((most > 90 ? most - 45 : 45)) --json >'$out/sparse.json'"
 }
 
 arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null) || arch=''
@@ -159,10 +177,13 @@ fi
 after=$(gpu_state)
 
 nvcc=$(sed -n 's/^CMAKE_CUDA_COMPILER:[A-Z]*=//p' "$prefix/CMakeCache.txt" 2>/dev/null)
-find "$prefix" -name '*.ptxas' -exec cat {} + 2>/dev/null | head -c 4000000 >"$out/ptxas.txt"
-for log in "$notes"/*.log; do
-    [ ! -e "$log" ] || { echo "==> $(basename "$log" .log)"; tail -c 200000 "$log"; echo; }
-done >"$out/log.txt"
+{
+    for log in "$notes"/*.log; do
+        [ ! -e "$log" ] || { echo "==> $(basename "$log" .log)"; tail -c 200000 "$log"; echo; }
+    done
+    echo "==> ptxas"
+    find "$prefix" -name '*.ptxas' -exec cat {} + 2>/dev/null | head -c 4000000
+} >"$out/log.txt"
 "$python" - "$notes" "$before" "$after" "$("${nvcc:-nvcc}" --version 2>/dev/null | sed -n 's/.*release //p')" \
     "$(git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || echo unknown)" "$arch" >"$out/summary.json" <<'PYTHON'
 import json, pathlib, sys

@@ -11,7 +11,7 @@ from . import _checks
 
 PACKED_BITS = (8, 4, 2)
 PACKED_BLOCK = 64
-PAGE_SIZES = range(16, 257, 16)  # of decode_attention, which looks a page up for 16 tokens at a time
+PAGE_SIZES = range(16, 257, 16)  # of decode_attention: whole tiles of its products
 PACKED_HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 
 

@@ -23,8 +23,8 @@ constexpr int packed_bits(KVFormat format) {
 // A launch takes them by value, within the 4 KiB that a kernel's arguments may have.
 constexpr int64_t kDecodeMaxSegments = 12;
 
-// Pages hold a multiple of it, so that as many tokens, from a multiple of it on, lie in one.
-constexpr int64_t kDecodePageGroup = 16;
+// Pages hold a multiple of it: the keys of mma.m16n8k16.
+constexpr int64_t kDecodePageStep = 16;
 constexpr int64_t kDecodeMaxPageSize = 256;
 
 constexpr int64_t kDecodeHeadTile = 8;  // the columns of mma.m16n8k16

@@ -172,6 +172,10 @@ class Decoder {
   public:
     explicit Decoder(const DecodeAttentionParams& params) : params_(params), layout_(params) {
         tiles_ = (layout_.group + kHeadTile - 1) / kHeadTile;
+        const KVSegmentParams* end = params.segment + params.segments;
+        const KVSegmentParams* largest = std::max_element(
+            params.segment, end, [](const auto& a, const auto& b) { return a.tokens < b.tokens; });
+        heads_beside_ = largest != end && largest->key_head_stride < largest->key_token_stride;
     }
 
     void run() {
@@ -293,8 +297,11 @@ class Decoder {
 
     void attend(int64_t item) const {
         const int64_t tile = item % tiles_;
-        const int64_t slot = item / tiles_ % layout_.slots;
-        const int64_t head = item / tiles_ / layout_.slots;
+        const int64_t rest = item / tiles_;
+        const int64_t heads_inside = heads_beside_ ? params_.key_heads : 1;
+        const int64_t slot = rest / heads_inside % layout_.slots;
+        const int64_t head =
+            rest / heads_inside / layout_.slots * heads_inside + rest % heads_inside;
         const int64_t b = round_.begin + head / params_.key_heads;
         const int64_t kv = head % params_.key_heads;
         const int64_t s = segment_of(slot);
@@ -422,6 +429,9 @@ class Decoder {
     const DecodeAttentionParams& params_;
     Layout layout_;
     int64_t tiles_;
+    // Whether the largest segment has its heads side by side: then these are items that follow each
+    // other, as they share memory pages.
+    bool heads_beside_ = false;
     TokenRange round_{0, 0};  // batch rows
 };
 

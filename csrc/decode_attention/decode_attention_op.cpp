@@ -93,9 +93,9 @@ void set_block_table(const Tensor& table, const Tensor& key, int64_t number, con
     check_device(table, name.c_str(), query);
     check_last_contiguous(table, name.c_str());
     const int64_t size = key.size(1);
-    check(size >= kDecodePageGroup && size <= kDecodeMaxPageSize && size % kDecodePageGroup == 0,
+    check(size >= kDecodePageStep && size <= kDecodeMaxPageSize && size % kDecodePageStep == 0,
           field(number, "key"), ": has page_size ", size, ", must be a multiple of ",
-          kDecodePageGroup, " from ", kDecodePageGroup, " to ", kDecodeMaxPageSize);
+          kDecodePageStep, " from ", kDecodePageStep, " to ", kDecodeMaxPageSize);
     check(key.size(0) <= kMaxInt32, field(number, "key"), ": has ", key.size(0), " pages, at most ",
           kMaxInt32);
     segment->block_table = table.const_data_ptr<int32_t>();

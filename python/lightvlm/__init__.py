@@ -15,7 +15,8 @@ from lightvlm_ext._version import __version__
 
 if TYPE_CHECKING:
     from .cache import CompactCache
-    from .methods import LightVLM, Random, method, method_names
+    from .kl import Divergence, divergence
+    from .methods import KVPrecision, LightVLM, Random, ZipVL, method, method_names
     from .paged_cache import PagedCompactCache
     from .pages import KVPages
     from .plan import Plan
@@ -24,15 +25,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CompactCache",
+    "Divergence",
     "KVPages",
+    "KVPrecision",
     "LightVLM",
     "PagedCompactCache",
     "Plan",
     "Random",
     "Report",
     "Run",
+    "ZipVL",
     "__version__",
     "attach",
+    "divergence",
     "method",
     "method_names",
 ]
@@ -40,14 +45,18 @@ __all__ = [
 # Imported at first use: torch takes a second, transformers several, and `lightvlm --help` needs neither.
 _HOME = {
     "CompactCache": "cache",
+    "Divergence": "kl",
     "KVPages": "pages",
+    "KVPrecision": "methods",
     "LightVLM": "methods",
     "PagedCompactCache": "paged_cache",
     "Plan": "plan",
     "Random": "methods",
     "Report": "report",
     "Run": "runtime",
+    "ZipVL": "methods",
     "attach": "runtime",
+    "divergence": "kl",
     "method": "methods",
     "method_names": "methods",
 }

@@ -15,12 +15,14 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from .cache_file import load_cache, of_another_model, save_cache
 from .cache_layer import SLACK, CompactLayer, check_rows
 from .methods.base import CachePart, PrecisionPart
 from .models.base import attention_kinds
@@ -71,7 +73,7 @@ class CompactCache(Cache):
             raise ValueError(f"config has layers that are not full attention: {', '.join(sorted(other))}")
         self.layers: list[CompactLayer]  # type: ignore[assignment]
         super().__init__(layers=[self._new_layer(capacity) for _ in range(text.num_hidden_layers)])
-        self._heads = heads_of(text)
+        self.heads = heads_of(text)
         self._has_own_plan = plan is not None
         self._set_plan(plan if plan is not None else Plan())
         self.run: weakref.ref[Run] | None = None
@@ -97,13 +99,10 @@ class CompactCache(Cache):
 
     def check_model(self, config: PretrainedConfig) -> None:
         """Raise a ValueError unless this cache is one for such a decoder."""
-        found = (len(self.layers), *self._heads)
+        found = (len(self.layers), *self.heads)
         wanted = (config.num_hidden_layers, *heads_of(config))
         if found != wanted:
-            raise ValueError(
-                "past_key_values is a cache of another model: it has {} layers of {} heads of {} channels, the model "
-                "{} of {} of {}".format(*found, *wanted)
-            )
+            raise ValueError(f"past_key_values is {of_another_model(found, wanted)}")
 
     def begin(self, run: Run, leftpad: list[int]) -> None:
         """Say that a prompt whose rows have that much padding will now be stored, on the model of ``run``."""
@@ -216,14 +215,18 @@ class CompactCache(Cache):
         """Move the tokens that stay, and what they received, to the front of these layers' rows."""
         move_rows(layers, index, count)
 
-    def pack_prompt(self, selections: dict[int, Selection] | None) -> None:
+    def pack_prompt(
+        self, selections: dict[int, Selection] | None, text: Sequence[list[list[int]]] | None = None
+    ) -> None:
         """Store the prompt just read in the bits that the plan says.
 
-        ``selections``: layer -> tokens that attended, which are the important ones; None: all are.
+        ``selections``: layer -> tokens that attended, which are the important ones; None: all are.   ``text``: for each
+        layer and row the places of text, which a plan may leave as it is.
         """
         self._unread = False
         if isinstance(self.plan.precision, PrecisionPart):
-            pack_prompt(self.layers, self.plan.precision, selections)
+            keeps = self.plan.precision.keep_text
+            pack_prompt(self.layers, self.plan.precision, selections, text if keeps else None)
 
     def keep_only(self, selections: dict[int, Selection], tail: int) -> None:
         """Keep the selected tokens of each layer, in one launch, and give the rest of growing buffers back.
@@ -281,6 +284,28 @@ class CompactCache(Cache):
         """Give free rows of the buffers back to the allocator (buffers move; not with a fixed capacity)."""
         for layer in self.layers:
             layer.shrink()
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to a file in the safetensors format: what is stored, packed as it is, and the plan."""
+        save_cache(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        config: PretrainedConfig,
+        *,
+        capacity: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> CompactCache:
+        """Read what :meth:`save` wrote, for a model of this configuration; capacity as for a new cache.
+
+        A cache that a plan had shortened is read by an attached model alone, as before.
+
+        Raises:
+            ValueError: the file is of another kind, another format, or of another model; it holds more than capacity.
+        """
+        return load_cache(path, config, capacity=capacity, device=device)
 
     @property
     def kv_bytes_used(self) -> int:

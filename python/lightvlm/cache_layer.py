@@ -129,6 +129,25 @@ class CompactLayer(CacheLayerMixin):
             return key_states, value_states
         return self.keys, self.values  # type: ignore[return-value]
 
+    def restore(
+        self, key: Tensor, value: Tensor, mass: Tensor | None, state: dict[str, Any], slack: int
+    ) -> None:
+        """Take over a buffer (B, N, Hkv, D) that was saved, the mass (B, Hkv, N) of its tokens, and attributes."""
+        used = key.shape[1]
+        fixed = self.capacity is not None and not self.will_be_packed
+        room = self.capacity if fixed and self.capacity is not None else used + slack
+        if used > room:
+            raise ValueError(f"capacity of the cache is {self.capacity} tokens; the file holds {used}")
+        self.key_storage = _token_major(key.transpose(1, 2), room, copy=used)
+        self.value_storage = _token_major(value.transpose(1, 2), room, copy=used)
+        self.dtype, self.device, self.is_initialized = key.dtype, key.device, True
+        self.mass = self._mass_buffer()
+        if self.mass is not None and mass is not None:
+            self.mass[:, :, :used] = mass
+        for name, saved in state.items():
+            setattr(self, name, saved)
+        self._bounds = None
+
     def check_room(self, key_states: Tensor, value_states: Tensor) -> None:
         """Raise a ValueError unless (B, Hkv, S, D) states fit what is stored, and the capacity."""
         held, new = self.held, key_states.shape[2]

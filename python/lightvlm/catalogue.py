@@ -51,16 +51,18 @@ def describe(name: str) -> dict[str, Any]:
     """A method's name, source, summary and options, as JSON-ready data.
 
     A method function's own arguments come first, then the fields of its prefill part that they leave out. What an
-    argument means is in the field of its name, or in the cache part's for ``decode_...``.
+    argument means is in the field of its name, of the prefill or the precision part, or in the cache part's for
+    ``decode_...``.
     """
     found = METHODS[name]
     signature = inspect.signature(found.make)
     plan = found.make()
-    prefill, cache = _fields(plan.prefill), _fields(plan.cache)
+    prefill, cache, precision = map(_fields, (plan.prefill, plan.cache, plan.precision))
     options = []
     for argument in signature.parameters.values():
         if argument.kind is not argument.VAR_KEYWORD:
-            field = prefill.get(argument.name) or cache.get(argument.name.removeprefix("decode_"))
+            own = prefill.get(argument.name) or precision.get(argument.name)
+            field = own or cache.get(argument.name.removeprefix("decode_"))
             options.append(_option(argument.name, argument.default, field))
     named = {option["name"] for option in options}
     if any(argument.kind is argument.VAR_KEYWORD for argument in signature.parameters.values()):

@@ -49,10 +49,17 @@ class RowLayout:
         last = self.runs[-1] if self.runs else None
         return last.tokens if last is not None and last.image is None else 0
 
+    def text_positions(self) -> list[int]:
+        """Positions (from the first token that is not padding) of text tokens."""
+        return self._text_positions(True)
+
     def text_positions_after_image(self) -> list[int]:
         """Positions (from the first token that is not padding) of text tokens that can see an image."""
+        return self._text_positions(False)
+
+    def _text_positions(self, seen: bool) -> list[int]:
         positions: list[int] = []
-        at, seen = 0, False
+        at = 0
         for run in self.runs:
             if run.image is not None:
                 seen = True

@@ -34,73 +34,108 @@ class _Group:
 
 
 def pack_prompt(
-    layers: Sequence[CompactLayer], part: PrecisionPart, selections: dict[int, Selection] | None
+    layers: Sequence[CompactLayer],
+    part: PrecisionPart,
+    selections: dict[int, Selection] | None,
+    text: Sequence[list[list[int]]] | None = None,
 ) -> None:
     """Pack what stands between the sinks and the recent tokens of every row.
 
     Args:
         layers: all of a cache, just filled with a prompt.
-        selections: layer -> tokens that attended; None: all did. How many tokens get which bits is then for the
-            device to know, and read from it once for all layers.
+        selections: layer -> tokens that attended; None, or a layer that is not there: all did. How many tokens get
+            which bits is then for the device to know, and read from it once for all layers.
+        text: for each layer and row the places in the buffer, ascending, of text, which stays in 16 bits; None: no
+            text does.
     """
-    _pack_middle(layers, part, selections, 1)
+    _pack_middle(layers, part, selections, 1, text)
 
 
 def _pack_middle(
-    layers: Sequence[CompactLayer], part: PrecisionPart, selections: dict[int, Selection] | None, least: int
+    layers: Sequence[CompactLayer],
+    part: PrecisionPart,
+    selections: dict[int, Selection] | None,
+    least: int,
+    text: Sequence[list[list[int]]] | None = None,
 ) -> None:
     """:func:`pack_prompt`, of layers that are not packed yet and have so many tokens to pack in a row."""
     groups: dict[int, list[_Group]] = {}
+    first: dict[int, list[list[int]]] = {}
     for index, layer in enumerate(layers):
         levels = part.levels(index, len(layers))
-        middle = [max(0, end - start - part.sinks - part.recent) for start, end in _spans(layer)]
-        if not levels or layer.packed is not None or max(middle, default=0) < least:
+        if not levels or layer.packed is not None:
             continue
-        if len(levels) == 2 and selections is not None:
-            groups[index] = _told_apart(layer, part, levels, selections[index])
+        middle = [max(0, end - start - part.sinks - part.recent) for start, end in _spans(layer)]
+        if max(middle, default=0) < least:
+            continue
+        places = _places([start + part.sinks for start, _ in _spans(layer)], middle, layer.key_storage.device)
+        first[index] = [list(range(start, min(start + part.sinks, end))) for start, end in _spans(layer)]
+        if text is not None:
+            places, middle = _without_text(layer, part, first[index], text[index])
+        if len(levels) == 2 and selections is not None and index in selections:
+            groups[index] = _told_apart(places, levels, selections[index])
         else:
-            first = [start + part.sinks for start, _ in _spans(layer)]
-            groups[index] = [_Group(levels[0], *_places(first, middle, layer.key_storage.device), middle)]
+            groups[index] = [_Group(levels[0], *places, middle)]
     asked = [group.count for own in groups.values() for group in own if group.on_host is None]
     answers = iter(torch.stack(asked).tolist() if asked else [])
     for index, own in groups.items():
         counts = [group.on_host if group.on_host is not None else next(answers) for group in own]
-        _pack_layer(layers[index], part, own, counts)
+        _pack_layer(layers[index], part, first[index], own, counts)
 
 
-def _told_apart(
-    layer: CompactLayer, part: PrecisionPart, levels: tuple[int, ...], selection: Selection
-) -> list[_Group]:
-    start, end = layer.bounds()
-    length = selection.inverse.shape[1]
-    at = torch.arange(length, device=start.device)
-    middle = (at >= start[:, None] + part.sinks) & (at < end[:, None] - part.recent)
-    chosen = selection.inverse >= 0
-    nothing = torch.zeros(chosen.shape, device=start.device)
+def _without_text(
+    layer: CompactLayer, part: PrecisionPart, kept: list[list[int]], text: list[list[int]]
+) -> tuple[tuple[Tensor, Tensor], list[int]]:
+    """Places between the sinks and the recent tokens that are not text, and how many; text joins the sinks in kept."""
+    packed = []
+    for (start, end), own, words in zip(_spans(layer), kept, text, strict=True):
+        middle = range(start + part.sinks, end - part.recent)
+        own += [at for at in words if at in middle]
+        taken = set(own)
+        packed.append([at for at in middle if at not in taken])
+    return _listed(packed, layer.key_storage.device), list(map(len, packed))
+
+
+def _told_apart(places: tuple[Tensor, Tensor], levels: tuple[int, ...], selection: Selection) -> list[_Group]:
+    """Tokens at these places, index (B, M) and count (B,), by whether they were selected."""
+    index, count = places
+    width = index.shape[1]
+    valid = torch.arange(width, device=index.device) < count[:, None]
+    chosen = selection.inverse.gather(1, index.clamp_min(0).long()) >= 0
+    nothing = torch.zeros(index.shape, device=index.device)
     found = []
     for bits, mine in zip(levels, (chosen, ~chosen), strict=True):
-        tokens = ops.select(nothing, keep=length, candidates=middle & mine, capacity=length)
-        found.append(_Group(bits, tokens.index, tokens.count))
+        own = ops.select(nothing, keep=width, candidates=valid & mine, capacity=width)
+        at = torch.where(own.index >= 0, index.gather(1, own.index.clamp_min(0).long()), -1)
+        found.append(_Group(bits, at, own.count))
     return found
 
 
 def _pack_layer(
-    layer: CompactLayer, part: PrecisionPart, groups: list[_Group], counts: list[list[int]]
+    layer: CompactLayer,
+    part: PrecisionPart,
+    kept: list[list[int]],
+    groups: list[_Group],
+    counts: list[list[int]],
 ) -> None:
+    """Store a layer's tokens: those at ``kept`` places in 16 bits, the groups packed, the recent ones in the buffer."""
     spans, device = list(_spans(layer)), layer.key_storage.device
     sinks = [min(part.sinks, end - start) for start, end in spans]
     recent = [min(part.recent, end - start - first) for (start, end), first in zip(spans, sinks, strict=True)]
     store = PackedStore(len(spans))
-    if max(sinks) > 0:
-        index, count = _places([start for start, _ in spans], sinks, device)
-        store.sinks, store.sink_counts = KVSegment(*_take(layer, index, count), lens=count), sinks
+    if any(kept):
+        index, count = _listed(kept, device)
+        store.sinks, store.sink_counts = (
+            KVSegment(*_take(layer, index, count), lens=count),
+            list(map(len, kept)),
+        )
     for group, found in zip(groups, counts, strict=True):
         if max(found) > 0:
             places = group.index[:, : max(found)]
             key, value = _take(layer, places, group.count)
             packed = ops.quantize_kv(key, value, bits=group.bits, lens=group.count)
             store.prompt.append(PromptKV(packed, found, _take_mass(layer, places, group.count)))
-    store.in_order = len(store.prompt) <= 1
+    store.in_order = len(store.prompt) <= 1 and max(map(len, kept), default=0) <= part.sinks
     index, count = _places([end - last for (_, end), last in zip(spans, recent, strict=True)], recent, device)
     room = part.recent + part.interval + _SLACK
     index = torch.nn.functional.pad(index, (0, room - index.shape[1]), value=-1)
@@ -186,6 +221,13 @@ def _places(first: list[int], counts: list[int], device: torch.device) -> tuple[
     both = upload([first, counts], device)
     at = torch.arange(max(counts), dtype=torch.int32, device=device)
     return torch.where(at < both[1][:, None], both[0][:, None] + at, -1).to(torch.int32), both[1]
+
+
+def _listed(places: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Places that the host lists, index (B, M) and count (B,)."""
+    width = max(map(len, places), default=0)
+    index = upload([row + [-1] * (width - len(row)) for row in places], device)
+    return index.view(len(places), width), upload([len(row) for row in places], device)
 
 
 def _take(layer: CompactLayer, index: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

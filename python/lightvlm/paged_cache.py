@@ -55,9 +55,9 @@ class PagedCompactCache(CompactCache):
         self.pages = pages
         self.layers: list[PagedLayer]  # type: ignore[assignment]
         super().__init__(config, plan)
-        if pages.heads != self._heads:
+        if pages.heads != self.heads:
             raise ValueError(
-                "pages hold {} heads of {} channels, config says {} of {}".format(*pages.heads, *self._heads)
+                "pages hold {} heads of {} channels, config says {} of {}".format(*pages.heads, *self.heads)
             )
 
     def _new_layer(self, capacity: int | None) -> CompactLayer:

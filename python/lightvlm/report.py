@@ -24,9 +24,12 @@ class Report:
         kv_bytes_used: bytes of valid keys and values after the last step.
         kv_bytes_allocated: bytes of the buffers that hold them.
         kv_bytes_full: bytes that the uncompressed cache would use at that length.
+        kv_compression: kv_bytes_full over kv_bytes_used.
         seconds: per phase ("prefill", "decode"); the model's time, images included, without the language-model head.
         op_calls, op_seconds: per op; on a GPU seconds are left out, because measuring them would synchronise.
         compactions: times the cache was compacted while decoding.
+        kl: KL divergence of the plan's next-token distributions from the full model's: {"mean", "max", "agreement",
+            "tokens"}, as :meth:`lightvlm.Run.divergence` found it last; None where it was never asked.
         stepped_aside: reason -> times that a plan, or a part of it, did not apply.
         errors: what the device reported.
     """
@@ -42,10 +45,12 @@ class Report:
     kv_bytes_used: int = 0
     kv_bytes_allocated: int = 0
     kv_bytes_full: int = 0
+    kv_compression: float = 1.0
     seconds: dict[str, float] = field(default_factory=dict)
     op_calls: dict[str, int] = field(default_factory=dict)
     op_seconds: dict[str, float] = field(default_factory=dict)
     compactions: int = 0
+    kl: dict[str, float | int] | None = None
     stepped_aside: dict[str, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
 
@@ -66,8 +71,9 @@ class Report:
             *self._attention_rows(),
             ("decoder prefill FLOPs", f"{self.flops_share:.1%} of the full model's"),
             ("KV cache", f"{_bytes(self.kv_bytes_used)} used, {_bytes(self.kv_bytes_allocated)} allocated, "
-                         f"{_bytes(self.kv_bytes_full)} if nothing were removed"),
+                         f"{_bytes(self.kv_bytes_full)} if nothing were removed, {self.kv_compression:.2f}x"),
             ("compactions while decoding", f"{self.compactions}"),
+            *self._kl_rows(),
         ]  # fmt: skip
         rows += [(f"{phase} time", f"{seconds * 1e3:.1f} ms") for phase, seconds in self.seconds.items()]
         for name, calls in sorted(self.op_calls.items()):
@@ -86,8 +92,18 @@ class Report:
         mean = sum(self.attending_share) / len(self.attending_share)
         return [
             ("tokens that attend", f"{mean:.1%}, mean over layers"),
-            ("attention FLOPs at prefill", f"{self.attention_flops_share:.1%} of the full model's"),
+            (
+                "attention FLOPs at prefill",
+                f"{self.attention_flops_share:.1%} of the full model's: {1 - self.attention_flops_share:.1%} less",
+            ),
         ]
+
+    def _kl_rows(self) -> list[tuple[str, str]]:
+        if self.kl is None:
+            return []
+        mean, largest, same = (self.kl[name] for name in ("mean", "max", "agreement"))
+        said = f"{mean:.3g} nats mean, {largest:.3g} most; {same:.1%} of {self.kl['tokens']} tokens the same"
+        return [("KL from the full model", said)]
 
 
 def _numbers(values: list[float]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from lightvlm_ext._kv import PACKED_HEAD_DIMS
 
 from . import attention_hook
 from .flops import head_width
-from .layout import BatchLayout, LayoutError, read_layout
+from .layout import BatchLayout, LayoutError, RowLayout, read_layout
 from .methods.base import AttentionPart, CachePart, PrecisionPart, PrefillPart
 from .models import find_adapter
 from .models.base import Adapter
@@ -34,6 +35,7 @@ from .stored_attention import attend_stored
 
 if TYPE_CHECKING:
     from .cache import CompactCache
+    from .kl import Divergence
 
 
 def attach(model: nn.Module, plan: Plan, *, trace: bool = False) -> Run:
@@ -133,6 +135,12 @@ class Run:
         config = adapter.decoder.config
         self._original: str = config._attn_implementation
         self._name = attention_hook.register(self._original)
+        self._divergence: Divergence | None = None
+        self._put_on()
+
+    def _put_on(self) -> None:
+        """Set the hooks that :meth:`detach` takes off."""
+        adapter = self._adapter
         self._handles = [
             adapter.model.register_forward_pre_hook(self._before_head, with_kwargs=True),
             adapter.base.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -142,7 +150,7 @@ class Run:
             self._handles.append(layer.register_forward_pre_hook(_LayerHook(self, index), with_kwargs=True))
         for attention in adapter.attentions:
             attention.__dict__["_lightvlm_run"] = self  # not a submodule, not a parameter
-        config._attn_implementation = self._name
+        adapter.decoder.config._attn_implementation = self._name
 
     # -- handle
     # ------------------------------------------------------------------------------------------------
@@ -176,7 +184,29 @@ class Run:
         from lightvlm_ext import device_errors
 
         self._stats.errors += device_errors()
-        return self._stats.report()
+        found = self._stats.report()
+        found.kl = self._divergence.summary() if self._divergence is not None else None
+        return found
+
+    def divergence(self, inputs: Mapping[str, Any], *, new_tokens: int = 64) -> Divergence:
+        """Measure the run's plan against the full model (see :func:`lightvlm.divergence`).
+
+        The run is off the model meanwhile, and another one is measured, so that nothing of this is counted in the
+        report but :attr:`Report.kl`, the last measure. Caches that the run filled can be gone on with afterwards.
+
+        Raises:
+            TypeError, ValueError: what is wrong with an argument, or that the run is detached.
+        """
+        from .kl import divergence
+
+        if not self.attached:
+            raise ValueError("the run is detached; use lightvlm.divergence(model, inputs, plan)")
+        self.detach()
+        try:
+            self._divergence = divergence(self._adapter.model, inputs, self.plan, new_tokens=new_tokens)
+        finally:
+            self._put_on()
+        return self._divergence
 
     # -- hooks
     # -------------------------------------------------------------------------------------------------
@@ -331,7 +361,7 @@ class Run:
         weights = None
         if self._prompt:
             level = self._prefill.level if self._prefill is not None else None
-            if self._sparse is not None:
+            if self._sparse is not None and index >= self._sparse.part.full_layers:
                 out = self._sparse.attend(index, query, key, value, scale)
             elif self._prefill is not None and self._prefill.reduced:
                 assert level is not None
@@ -375,8 +405,26 @@ class Run:
             if cache is not None and self._sparse.part.unimportant == "drop":
                 cache.keep_only(self._sparse.selections, self._sparse.tail)
         if self._prompt and cache is not None:
-            cache.pack_prompt(self._sparse.selections if self._sparse is not None else None)
+            cache.pack_prompt(
+                self._sparse.selections if self._sparse is not None else None, self._text_places()
+            )
         self._stats.add_cache(cache if cache is not None else getattr(output, "past_key_values", None))
+
+    def _text_places(self) -> list[list[list[int]]] | None:
+        """For each layer and row, where text stands in the buffer that the prompt filled; None where nobody asks."""
+        precision = self.plan.precision
+        if not (isinstance(precision, PrecisionPart) and precision.keep_text) or self._layout is None:
+            return None
+        layout, depth = self._layout, len(self._adapter.layers)
+        levels: list[tuple[Sequence[RowLayout], list[int]]] = []
+        for index in range(depth):
+            level = self._prefill.tokens_at(index) if self._prefill is not None else None
+            starts = [row.leftpad for row in layout.rows] if level is None else level.starts
+            levels.append((layout.rows if level is None else level.rows, starts))
+        return [
+            [[start + at for at in row.text_positions()] for row, start in zip(rows, starts, strict=True)]
+            for rows, starts in levels
+        ]
 
     def _forget(self) -> None:
         """Drop what belongs to one call of the model, also where the call before did not get to its end."""

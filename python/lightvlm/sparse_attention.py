@@ -46,6 +46,10 @@ class SparsePrefill:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Attention of a layer. query (B, Hq, S, D), key and value (B, Hkv, S, D); returns (B, S, Hq, D)."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return selected_attention(query, key, value, self.choose(layer, query, key, scale), scale)
+
+    def choose(self, layer: int, query: Tensor, key: Tensor, scale: float | None) -> Selection:
+        """The tokens of a layer that attend. query (B, S, Hq, D), key (B, S, Hkv, D)."""
         mass, visible = ops.importance(
             ops.gather_tokens(query, self._rows, self._row_counts),
             key,
@@ -57,7 +61,7 @@ class SparsePrefill:
         )
         chosen = self.part.choose(AttentionScores(mass, visible, self._valid, self._forced))
         self.selections[layer] = chosen
-        return selected_attention(query, key, value, chosen, scale)
+        return chosen
 
 
 class Packed(NamedTuple):

@@ -111,6 +111,12 @@ class Statistics:
         """Count the tokens that attended; how many they were is asked of the device later."""
         self._could_attend += sum(prompt.tokens)
         self._sparse += [(layer, prompt.tokens, chosen.count) for layer, chosen in prompt.selections.items()]
+        full = sum(attention_flops(self._width, count) for count in prompt.tokens)
+        for layer in range(self._layers):
+            if layer not in prompt.selections:
+                self._attending[layer] += sum(prompt.tokens)
+                self._attention_flops += full
+                self._full_attention_flops += full
         if len(self._sparse) > _PENDING:
             self._settle_sparse(len(self._sparse) // 2)
 
@@ -152,6 +158,7 @@ class Statistics:
             kv_bytes_used=self._bytes[0],
             kv_bytes_allocated=self._bytes[1],
             kv_bytes_full=self._bytes[2],
+            kv_compression=self._bytes[2] / self._bytes[0] if self._bytes[0] else 1.0,
             seconds=dict(self._seconds),
             op_calls=dict(self._op_calls),
             op_seconds=dict(self._op_seconds),

@@ -217,6 +217,21 @@ def test_pages_out_of_range_set_the_device_word_emulated(page: int, block: int) 
     assert len(lightvlm_ext.device_errors()) == 1
 
 
+def test_a_page_out_of_range_far_into_the_table() -> None:
+    """Further than a block has threads."""
+    lightvlm_ext.device_errors()
+    segment = in_pages(16, 1, 32, torch.float16, lens=[2500, 2500], blocks=160)
+    query = query_of(2, 1, 32, torch.float16)
+    assert segment.block_table is not None
+    segment.block_table[0, 2500 // 16] = len(segment.key)
+    with pytest.raises(ValueError, match=r"block_table.*row 0, position 156"):
+        CPU.decode_attention(query, [segment])
+    out, lse = EMULATED.decode_attention(query, [segment])
+    assert (out[0] == 0).all()
+    assert lse.isfinite().flatten().tolist() == [False, True]
+    assert len(lightvlm_ext.device_errors()) == 1
+
+
 def test_launches() -> None:
     control = Control(emulation_library())
     segments: list[Segment] = [in_pages(16, 2, 64, torch.bfloat16, lens=[700, 40])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from lightvlm.bench.cuda_device import CaptureError
@@ -25,6 +26,12 @@ class Clock:
             self.now += milliseconds / 1e3
 
         return call
+
+
+class RunningClock(Clock):
+    """The real one."""
+
+    now = property(lambda self: time.perf_counter(), lambda self, value: None)
 
 
 class FakeDevice:

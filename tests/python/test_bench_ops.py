@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from lightvlm import cli
 from lightvlm.bench import cases, compare, floors, goals, gpu_state, jobs, measure, ops, timing
 from lightvlm.bench.cases import Case, Sizes
-from python.bench_fakes import Clock, FakeDevice
+from python.bench_fakes import Clock, FakeDevice, RunningClock
 
 CPU = torch.device("cpu")
 FIELDS = {"seconds", "baseline_seconds", "ratio", "microseconds"}
@@ -165,12 +164,6 @@ def test_a_wrong_op_is_bad_news(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     said = capsys.readouterr()
     assert json.loads(said.out)["rows"][0]["error"].startswith("AssertionError")
     assert "select, bad: AssertionError" in said.err
-
-
-class RunningClock(Clock):
-    """The real one."""
-
-    now = property(lambda self: time.perf_counter(), lambda self, value: None)
 
 
 @pytest.mark.parametrize("name", sorted(cases.CASES))

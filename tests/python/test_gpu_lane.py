@@ -24,6 +24,8 @@ case "$*" in
     '- '*) exec REAL "$@" ;;
     *'bench ops'*) echo '{"kind": "ops"}' ;;
     *'bench decoder'*) echo '{"kind": "decoder"}' ;;
+    *'bench decode '*) echo '{"kind": "decode"}' ;;
+    *'bench sparse'*) echo '{"kind": "sparse"}' ;;
     *'profile report'*) echo "{\\"tool\\": \\"$4\\"}" ;;
     *) echo "called: $*" ;;
 esac
@@ -98,6 +100,8 @@ def test_all_parts_run_and_all_is_written(machine: Path) -> None:
         "nsys",
         "ncu",
         "decoder",
+        "decode",
+        "sparse",
     } <= parts.keys()
     assert all(part["status"] == 0 for part in parts.values())
     assert summary["arch"] == "9.0a"
@@ -106,6 +110,8 @@ def test_all_parts_run_and_all_is_written(machine: Path) -> None:
     assert summary["gpu"]["after"]["clocks.sm"] == "1980 MHz"
     out = machine.parent / "out"
     assert json.loads((out / "ops.json").read_text()) == {"kind": "ops"}
+    assert json.loads((out / "decode.json").read_text()) == {"kind": "decode"}
+    assert json.loads((out / "sparse.json").read_text()) == {"kind": "sparse"}
     assert json.loads((out / "ncu.json").read_text()) == {"tool": "ncu"}
     assert "==> build" in (out / "log.txt").read_text()
     files = list(out.iterdir())

@@ -34,16 +34,17 @@ class SlowZipVL(SlowDecoder):
         hidden, _ = self._embed(inputs)
         positions = self._positions(inputs)
         self.seen, self.next_position = len(ids), int(positions.max()) + 1
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             query, key, value = self._project(layer, hidden, positions)
             weights = _weights(query, key, layer.self_attn.scaling)
-            chosen = self._important(weights.mean(dim=0))
+            full = index < self.part.full_layers
+            chosen = list(range(len(ids))) if full else self._important(weights.mean(dim=0))
             self.attending.append(chosen)
             among = _weights(query[:, chosen], key[:, chosen], layer.self_attn.scaling)
-            full = torch.zeros_like(weights)
+            spread = torch.zeros_like(weights)
             for row, token in enumerate(chosen):
-                full[:, token, chosen] = among[:, row]
-            hidden = _finish(layer, hidden, full, value)
+                spread[:, token, chosen] = among[:, row]
+            hidden = _finish(layer, hidden, spread, value)
             kept = chosen if self.part.unimportant == "drop" else list(range(len(ids)))
             self.keys.append(key[:, kept])
             self.values.append(value[:, kept])
@@ -67,12 +68,14 @@ class SlowZipVL(SlowDecoder):
 
 
 def plan(**options: Any) -> lightvlm.Plan:
-    options = {"tau": 0.8, "recent_rows": 4, "random_rows": 5, "min_tokens": 1, **options}
+    options = {"tau": 0.8, "recent_rows": 4, "random_rows": 5, "full_layers": 0, "min_tokens": 1, **options}
     return lightvlm.Plan(prefill=ZipVLPrefill(**options))
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"tau": 0.5, "random_rows": 0}, {"tau": 0.97, "recent_rows": 64}], ids=str
+    "options",
+    [{}, {"tau": 0.5, "random_rows": 0}, {"tau": 0.97, "recent_rows": 64}, {"full_layers": 2}],
+    ids=str,
 )
 def test_it_is_what_it_says(model: Any, family: Family, options: dict[str, Any]) -> None:
     inputs = prompt(family, ROWS)
@@ -93,7 +96,7 @@ def test_it_is_what_it_says(model: Any, family: Family, options: dict[str, Any])
     )
     assert report.flops_share < 1
     assert report.stepped_aside == {}
-    assert report.op_calls["importance"] == DEPTH
+    assert report.op_calls["importance"] == DEPTH - options.get("full_layers", 0)
     assert "tokens that attend" in str(report)
 
 

@@ -22,6 +22,8 @@ KINDS = {
     "ops": "each native op against the fastest other way to the same result",
     "decoder": "prefill of a decoder of real geometry, with a plan and without",
     "fidelity": "accuracy of the reference VLM under a method, over what is left of the work",
+    "decode": "decode steps of a whole decoder on long caches in few bits, or whole answers; time, bytes and bound",
+    "sparse": "prefill in which only some tokens attend (ZipVL), against full attention",
     "compare": "two results of a benchmark: what got slower, what got faster",
 }
 """Kind -> what it measures. The name is also the module's."""

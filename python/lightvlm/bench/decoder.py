@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..flops import prefill_flops
-from ..methods import method, method_names
+from ..methods import method_names
 from ..models import find_adapter
 from ..runtime import attach
+from . import levels
+from .cases._case import Geometry
 from .common import describe
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-tokens", type=int, default=1000)
     parser.add_argument("--text-tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.35, 0.15, 0.03])
+    levels.add_arguments(parser)
     parser.add_argument("--method", choices=method_names(), nargs="+", default=["lightvlm"])
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default="cpu")
@@ -52,7 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5)
 
 
-def build_model(geometry: str, layers: int | None, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def geometry_of(name: str) -> Geometry:
+    """A decoder's sizes, as cases want them."""
+    width, layers, heads, kv_heads, _ = GEOMETRIES[name]
+    return Geometry(width, layers, heads, kv_heads, width // heads)
+
+
+def build_model(
+    geometry: str, layers: int | None, dtype: torch.dtype, device: str, vocabulary: int = _VOCABULARY
+) -> PreTrainedModel:
     """A Qwen2.5-VL with a random decoder of the geometry and the smallest vision tower."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -64,7 +74,7 @@ def build_model(geometry: str, layers: int | None, dtype: torch.dtype, device: s
         },
         text_config={
             "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers or depth,
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": _VOCABULARY,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": _mrope(head)},
             "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0,
         },
@@ -126,7 +136,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = build_model(args.geometry, args.layers, getattr(torch, args.dtype), args.device)
     inputs = build_inputs(model, args.batch, args.image_tokens, args.text_tokens)
     length = args.image_tokens + args.text_tokens
-    plans = {(name, keep): method(name, keep=keep) for name in args.method for keep in args.keep}
+    tried = levels.levels(args.method, args.keep, args.level, default=(0.35, 0.15, 0.03))
+    knobs = {one.name: one.knob for one, _ in tried}
+    plans = {(one.name, value): one.make(**{one.knob: value}) for one, value in tried}
     reports: dict[tuple[str, float], Any] = {}
 
     def baseline(static: bool) -> Callable[[], None]:
@@ -149,7 +161,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "transformers sdpa, static cache": baseline(True),
     }
     methods = {key: reduced(key) for key in plans}
-    times = _interleaved({**candidates, **methods}, args.rounds, args.device)
+    times = interleaved({**candidates, **methods}, args.rounds, args.device)
 
     seconds = {name: statistics.median(values) for name, values in times.items()}
     fastest = min(candidates, key=lambda name: seconds[name])
@@ -169,7 +181,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         # rounds are paired: each ran baseline and method one after the other
         ratio = statistics.median(b / m for b, m in zip(times[fastest], times[key], strict=True))
         overhead = sum(report.op_seconds.values())
-        rows.append({"case": case, "method": key[0], "keep": key[1], "baseline": fastest, "seconds": seconds[key],
+        name, knob = key[0], knobs[key[0]]
+        also = "" if knob == "keep" else f", {knob} {key[1]:g}"
+        rows.append({"case": case + also, "method": name, knob: key[1], "baseline": fastest, "seconds": seconds[key],
                      "baseline_seconds": seconds[fastest], "ratio": ratio, "flop_ceiling": ceiling,
                      "share_of_ceiling": ratio / ceiling, "op_seconds": report.op_seconds,
                      "op_share_of_baseline": overhead / seconds[fastest], "tokens_per_layer": report.tokens_per_layer,
@@ -184,21 +198,22 @@ def _fresh(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _interleaved(calls: dict[Any, Callable[[], None]], rounds: int, device: str) -> dict[Any, list[float]]:
+def interleaved(calls: dict[Any, Callable[[], None]], rounds: int, device: str) -> dict[Any, list[float]]:
     """Seconds of every call in every round; the calls of a round
     run one after the other, after one warm-up round."""
     times: dict[Any, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
-            _synchronise(device)
+            synchronise(device)
             start = time.perf_counter()
             call()
-            _synchronise(device)
+            synchronise(device)
             if turn:
                 times[name].append(time.perf_counter() - start)
     return times
 
 
-def _synchronise(device: str) -> None:
+def synchronise(device: str) -> None:
+    """Wait until the device has done everything."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()

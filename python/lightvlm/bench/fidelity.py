@@ -1,16 +1,21 @@
-"""``lightvlm bench fidelity``: accuracy of the reference VLM under a method, over the FLOPs that are left.
+"""``lightvlm bench fidelity``: accuracy of the reference VLM under a method, over the work that is left.
 
-Every method answers the same questions, one of each kind about every scene. Intervals are 95 % bootstraps
-over scenes; where a method is compared with random dropping at the same counts, both answers to a question
-are resampled together (paired). Whole curves are printed, not single points.
+Every method answers the same questions, one of each kind about every scene, at several values of its knob: ``keep`` for
+most, ``tau`` for ZipVL. ``--bits`` adds plans that change the cache's precision alone. Intervals are 95 % bootstraps
+over scenes; where a method is compared with random dropping at the same counts, both answers to a question are
+resampled together (paired). Whole curves are printed, not single points.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import itertools
+import statistics
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +24,20 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ..catalogue import describe as describe_method
 from ..catalogue import parse_options
-from ..methods import method, method_names
+from ..kl import Divergence, divergence
+from ..methods import method_names
+from ..methods.kv_precision import KVPrecision
 from ..plan import Plan
 from ..runtime import attach
+from . import levels
 from .common import describe
 
-KEEPS = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.06, 0.03)
+PRECISION = "precision"
+"""What rows of --bits have for a method."""
 _RESAMPLES = 5000
+_LONGEST = 12  # tokens of an answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,9 +50,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", choices=method_names(), nargs="+", default=["lightvlm", "random"])
-    parser.add_argument("--keep", type=float, nargs="+", default=list(KEEPS))
+    levels.add_arguments(parser)
+    parser.add_argument(
+        "--bits",
+        type=int,
+        choices=[16, 8, 4, 2],
+        nargs="+",
+        default=[],
+        help="caches of so many bits, and no method",
+    )
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="for every method that has it"
+    )
+    parser.add_argument(
+        "--kl-questions",
+        type=int,
+        default=100,
+        help="KL is measured over so many, and the rest of their batches",
     )
     parser.add_argument(
         "--random-seeds", type=int, default=3, help="random dropping is the mean over this many seeds"
@@ -116,6 +141,21 @@ class Questions:
                     inputs["mm_encoder_outputs"] = {"image": encoded}
                 self._batches.append((kind, part, inputs))
 
+    def divergences(self, model: Any, plans: Mapping[Any, Plan], count: int) -> dict[Any, Divergence]:
+        """KL of each plan from the full model, over at least ``count`` questions of all kinds; 0: none."""
+        if count == 0:
+            return {}
+        by_kind = [[inputs for of, _, inputs in self._batches if of == kind] for kind in self.kinds]
+        batches = [one for turn in itertools.zip_longest(*by_kind) for one in turn if one is not None]
+        named = {str(number): plan for number, plan in enumerate(plans.values())}
+        parts: dict[str, list[Divergence]] = {name: [] for name in named}
+        while batches and count > 0:
+            inputs = batches.pop(0)
+            count -= len(inputs["input_ids"])
+            for name, found in divergence(model, inputs, named, new_tokens=_LONGEST).items():
+                parts[name].append(found)
+        return {key: Divergence.together(parts[str(at)]) for at, key in enumerate(plans)}
+
     @torch.no_grad()
     def ask(self, model: Any, processor: Any, plan: Plan | None) -> Result:
         """Answers of the model, with a plan attached or as it is, after :meth:`prepare`."""
@@ -128,7 +168,7 @@ class Questions:
                 call = {
                     name: dict(value) if isinstance(value, dict) else value for name, value in inputs.items()
                 }
-                output = model.generate(**call, do_sample=False, max_new_tokens=12)
+                output = model.generate(**call, do_sample=False, max_new_tokens=_LONGEST)
                 texts = processor.batch_decode(
                     output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
                 )
@@ -152,15 +192,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     about = describe(args.device)  # of the code that runs, whatever happens to the tree meanwhile
     options = parse_options(args.option)
-    if args.random_seeds < 1:
-        raise ValueError(f"--random-seeds must be at least 1, got {args.random_seeds}")
-    plans = {
-        (name, keep): [
-            _plan(name, keep, options, seed) for seed in range(args.random_seeds if name == "random" else 1)
-        ]
-        for name in args.method
-        for keep in args.keep
-    }
+    for name, least in (("random_seeds", 1), ("kl_questions", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}"
+            )
+    plans = make_plans(args, options)
     asked = Questions(args.split, args.questions, args.seed)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -168,17 +205,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model.to(args.device)
     asked.prepare(model, processor, args.batch)
     full = asked.ask(model, processor, None)
-    results: dict[tuple[str, float], Result] = {}
+    results: dict[Key, Result] = {}
     for key, seeds in tqdm(plans.items(), desc="fidelity", file=sys.stderr):
         runs = [asked.ask(model, processor, plan) for plan in seeds]
         mean = np.mean([one.scores for one in runs], axis=0)
         results[key] = Result(mean, sum(one.seconds for one in runs) / len(runs), runs[-1].report)
     case = f"reference VLM, {args.questions} {args.split} questions, {args.dtype}"
-    rows = [_row(case, "full", 1.0, full, full, asked)]
-    for (name, keep), result in results.items():
-        row = _row(case, name, keep, result, full, asked)
-        random = results.get(("random", keep))
-        if name != "random" and random is not None:
+    kl = asked.divergences(model, {key: plan[0] for key, plan in plans.items()}, args.kl_questions)
+    rows = [_row(case, ("full", "keep", 1.0), full, full, asked)]
+    for key, result in results.items():
+        row = _row(case, key, result, full, asked)
+        if key in kl:
+            row["kl"] = kl[key].summary()
+        random = results.get(("random", *key[1:]))
+        if key[0] != "random" and random is not None:
             low, high = bootstrap(result.scores - random.scores)
             row["over_random"] = {
                 "mean": float((result.scores - random.scores).mean()),
@@ -189,22 +229,54 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"kind": "fidelity", **about, "options": options, "seed": args.seed, "rows": rows}
 
 
-def _plan(name: str, keep: float, options: dict[str, Any], seed: int) -> Plan:
-    if name == "random":  # it shares only where and how much with the others
-        options = {key: value for key, value in options.items() if key in ("layers", "fractions")} | {
-            "seed": seed
-        }
-    return method(name, keep=keep, **options)
+Key = tuple[str, str, float]
+"""Method, its knob, and the knob's value."""
 
 
-def _row(case: str, name: str, keep: float, result: Result, full: Result, asked: Questions) -> dict[str, Any]:
+def make_plans(args: argparse.Namespace, options: dict[str, Any]) -> dict[Key, list[Plan]]:
+    """The plans of every row: one, or one a seed.
+
+    Raises:
+        ValueError: an option that none of the methods has, or one out of range.
+    """
+    tried = levels.levels(args.method, args.keep, args.level)
+    known = {
+        one.name: {option["name"] for option in describe_method(one.name)["options"]} for one, _ in tried
+    }
+    if args.bits:
+        known[PRECISION] = {field.name for field in dataclasses.fields(KVPrecision)} - {"bits"}
+    # random dropping shares only where and how much with the others
+    if "random" in known:
+        known["random"] &= {"layers", "fractions"}
+    for name in options:
+        if not any(name in names for names in known.values()):
+            raise ValueError(f"--option {name}: none of {', '.join(sorted(known))} takes it here")
+
+    def fitting(name: str) -> dict[str, Any]:
+        return {option: value for option, value in options.items() if option in known[name]}
+
+    plans: dict[Key, list[Plan]] = {}
+    for one, value in tried:
+        seeds: list[dict[str, Any]] = [{}]
+        if one.name == "random":
+            seeds = [{"seed": seed} for seed in range(args.random_seeds)]
+        plans[one.name, one.knob, value] = [
+            one.make(**{one.knob: value}, **fitting(one.name), **seed) for seed in seeds
+        ]
+    for bits in args.bits:
+        plans[PRECISION, "bits", bits] = [Plan(precision=KVPrecision(bits=bits, **fitting(PRECISION)))]
+    return plans
+
+
+def _row(case: str, key: Key, result: Result, full: Result, asked: Questions) -> dict[str, Any]:
+    name, knob, value = key
     low, high = bootstrap(result.scores)
     drop = result.scores - full.scores
     row = {
         "case": case,
         "method": name,
         "baseline": "full",
-        "keep": keep,
+        knob: value,
         "accuracy": float(result.scores.mean()),
         "low": low,
         "high": high,
@@ -220,8 +292,12 @@ def _row(case: str, name: str, keep: float, result: Result, full: Result, asked:
         row["flops_share"] = result.report.flops_share
         row["image_keep_share"] = result.report.image_keep_share
         row["image_tokens_kept"] = result.report.image_tokens_kept
+        row["kv_share"] = result.report.kv_bytes_used / result.report.kv_bytes_full
+        if result.report.attending_share:
+            row["attending_share"] = statistics.mean(result.report.attending_share)
+            row["attention_flops_share"] = result.report.attention_flops_share
         row["op_calls"] = result.report.op_calls
         row["stepped_aside"] = result.report.stepped_aside
     else:
-        row["flops_share"] = row["image_keep_share"] = 1.0
+        row["flops_share"] = row["image_keep_share"] = row["kv_share"] = 1.0
     return row

@@ -21,6 +21,8 @@ from .memory import is_out_of_memory
 
 Row = dict[str, Any]
 
+TIME_IS_OVER = "the time for the whole run was over"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -70,7 +72,7 @@ def run_job(job: Job, bench: Bench, seen: set[tuple[str, str]], deadline: float)
     cases = CASES[job.op](job.sizes)
     while True:
         if time.monotonic() > deadline:
-            yield skipped(job.op, str(job), "the time for the whole run was over")
+            yield skipped(job.op, str(job), TIME_IS_OVER)
             return
         found = _next_case(job, cases)
         if found is None:
@@ -102,17 +104,18 @@ def _next_case(job: Job, cases: Iterator[Case]) -> Case | Row | None:
     try:
         return next(cases, None)
     except Exception as error:  # one op's trouble is a row, whatever it is
-        return _problem(job.op, str(job), error)
+        return problem(job.op, str(job), error)
 
 
 def _measured(op: str, case: Case, bench: Bench) -> list[Row]:
     try:
         return measure(op, case, bench)
     except Exception as error:
-        return [_problem(op, case.name, error)]
+        return [problem(op, case.name, error)]
 
 
-def _problem(op: str, case: str, error: Exception) -> Row:
+def problem(op: str, case: str, error: Exception) -> Row:
+    """A row of an error; too little memory is a reason and none."""
     if is_out_of_memory(error):
         return skipped(op, case, "needs more memory than there is")
     lines = str(error).strip().splitlines()

@@ -7,13 +7,14 @@ from .base import Method
 from .kv_precision import KVPrecision
 from .lightvlm import LightVLM
 from .random import Random
-from .zipvl import ZipVLPrefill
+from .zipvl import ZipVL, ZipVLPrefill
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
         Method("random", Random, "baseline"),
+        Method("zipvl", ZipVL, "arXiv 2410.08584", knob="tau", levels=(0.975, 0.96)),
     )
 }
 
@@ -36,4 +37,4 @@ def method(name: str, **options: object) -> Plan:
     return found.make(**options)
 
 
-__all__ = ["KVPrecision", "LightVLM", "Random", "ZipVLPrefill", "method", "method_names"]
+__all__ = ["KVPrecision", "LightVLM", "Random", "ZipVL", "ZipVLPrefill", "method", "method_names"]

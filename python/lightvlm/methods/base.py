@@ -126,6 +126,8 @@ class AttentionPart(Part):
     """Step aside where the longest row of a prompt is shorter."""
     unimportant: str
     """What becomes of the others' keys and values after the prompt: "keep" or "drop"."""
+    full_layers: int
+    """First layers, in which all tokens attend."""
 
     def probe_rows(self, tokens: int) -> list[int]:
         """The query rows that score, ascending, in a prompt of so many tokens."""
@@ -180,6 +182,8 @@ class PrecisionPart(Part):
     """Last tokens of a row that do."""
     interval: int
     """Generated tokens that are packed at a time, a multiple of 64."""
+    keep_text: bool
+    """Whether the prompt's text stays in 16 bits."""
 
     def levels(self, layer: int, layers: int) -> tuple[int, ...]:
         """Bits of a layer's important tokens, and, where they differ, of the others; () leaves the layer as it is."""
@@ -243,10 +247,19 @@ def check_keep(keep: float) -> None:
         raise ValueError(f"keep must be in (0, 1], got {keep}")
 
 
+KEEPS = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.06, 0.03)
+"""Shares that benchmarks try of methods that keep one."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """A registered method: its name, the function that makes its plan, and where it comes from."""
+    """A registered method: its name, the function that makes its plan, and where it comes from.
+
+    knob: the option that says how much is left to do.   levels: values of it that benchmarks try.
+    """
 
     name: str
     make: Callable[..., Plan]
     source: str
+    knob: str = "keep"
+    levels: tuple[float, ...] = KEEPS

@@ -37,6 +37,7 @@ class KVPrecision(PrecisionPart):
         None, "bits of the first and last layers instead; 16 leaves them as they are", choices=(None, *_BITS)
     )
     edge_layers: int = option(1, "so many at either end", low=1)
+    keep_text: bool = option(False, "the prompt's text stays in 16 bits, too; only image tokens are packed")
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -4,7 +4,9 @@ one in pages against the same after the pages were gathered."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +34,11 @@ def cases(sizes: Sizes) -> Iterator[Case]:
             for batch in sizes.batches:
                 if on_cpu and batch * tokens > _LARGEST_ON_CPU:
                     continue
-                yield from _of_size(batch, tokens, model, geometry, sizes.device)
+                yield from of_size(batch, tokens, model, geometry, sizes.device)
 
 
-def _of_size(batch: int, tokens: int, model: str, geometry: Geometry, device: torch.device) -> Iterator[Case]:
+def of_size(batch: int, tokens: int, model: str, geometry: Geometry, device: torch.device) -> Iterator[Case]:
+    """The cases of one geometry, called ``model``."""
     key, value = (_stored(batch, tokens, geometry, device) for _ in range(2))
     query = torch.randn(batch, 1, geometry.heads, geometry.head_dim, device=device)
     if device.type == "cpu":
@@ -45,12 +48,7 @@ def _of_size(batch: int, tokens: int, model: str, geometry: Geometry, device: to
         yield _in_pages(size, tokens, model, geometry, query.bfloat16(), key, value)
     for bits in ("16", "8", "4", "4/2"):
         segments = _segments(key, value, bits)
-        mass = [
-            torch.zeros(batch, geometry.kv_heads, one.tokens, device=device)
-            if isinstance(one, PackedKV)
-            else torch.zeros(batch, geometry.kv_heads, one.key.shape[1], device=device)
-            for one in segments
-        ]
+        mass = [torch.zeros(batch, geometry.kv_heads, one.tokens, device=device) for one in segments]
         name = _name(bits, batch, tokens, model, geometry)
         yield _case(name, query.bfloat16(), segments, bits, None)
         yield _case(f"{name}, with mass", query.bfloat16(), segments, bits, mass)
@@ -91,7 +89,7 @@ def _case(
         return ops.decode_attention(query, segments, mass=mass)
 
     def verify() -> None:
-        exact = _exactly(query, segments)
+        exact = exactly(query, segments)
         largest = exact.abs().max()
         fine = 1e-5 if query.dtype == torch.float32 else 1e-2
         require(bool((op()[0] - exact).abs().max() <= fine * largest), "decode_attention is wrong")
@@ -141,13 +139,13 @@ def _in_pages(
     key_pages, value_pages = (_paged(one, table, size) for one in (key, value))
     segment = KVSegment(key_pages, value_pages, lens, block_table=table)
     piece = KVSegment(key, value)
-    heads_first = (batch, geometry.kv_heads, tokens, geometry.head_dim)
-    room = [torch.empty(heads_first, dtype=key.dtype, device=key.device) for _ in range(2)]
+    room = [torch.empty_like(key_pages) for _ in range(2)]
+    gathered = [one.view(batch, blocks * size, *one.shape[2:])[:, :tokens].transpose(1, 2) for one in room]
     dense = _case(_name("16", batch, tokens, model, geometry), query, [piece], "16", None)
 
     def gather() -> None:
         for pages, to in zip((key_pages, value_pages), room, strict=True):
-            to.copy_(pages[table.long()].flatten(1, 2)[:, :tokens].transpose(1, 2))
+            torch.index_select(pages, 0, table.flatten(), out=to)
 
     def after_gather(attend: Callable[[], object]) -> Callable[[], object]:
         def both() -> object:
@@ -162,11 +160,11 @@ def _in_pages(
     def verify() -> None:
         dense.verify()
         gather()
-        require(torch.equal(room[0].transpose(1, 2), key), "the pages hold something else")
+        require(torch.equal(gathered[0].transpose(1, 2), key), "the pages hold something else")
         difference = (op()[0].float() - ops.decode_attention(query, [piece])[0].float()).abs().max()
         require(bool(difference <= 1e-2), "decode_attention over pages is wrong")
 
-    ways = _baselines(query, room[0], room[1], False)
+    ways = _baselines(query, gathered[0], gathered[1], False)
     return dataclasses.replace(
         dense,
         name=f"{dense.name}, pages of {size}",
@@ -198,8 +196,11 @@ def _baselines(query: Tensor, key: Tensor, value: Tensor, with_mass: bool) -> di
     """Ways to the result from keys and values (B, Hkv, N, D), all as (B, Hkv, G, D) or of its size."""
     batch, _, heads, width = query.shape
     kv_heads, tokens = key.shape[1:3]
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     grouped = query.view(batch, kv_heads, heads // kv_heads, width)
     one_row = query.transpose(1, 2)
+    module: Any = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True)
     mass = torch.zeros(batch, kv_heads, tokens, device=query.device)
 
     def by_matmul() -> Tensor:
@@ -214,26 +215,31 @@ def _baselines(query: Tensor, key: Tensor, value: Tensor, with_mass: bool) -> di
     def grouped_query() -> Tensor:
         return F.scaled_dot_product_attention(one_row, key, value, enable_gqa=True)
 
+    def by_transformers() -> Tensor:
+        return sdpa_attention_forward(module, one_row, key, value, None, scaling=width**-0.5)[0]
+
     if with_mass:  # SDPA has no weights to give: they would have to be computed again
         return {"matmul, softmax, mean, matmul": by_matmul}
     return {
         "matmul, softmax, matmul": by_matmul,
         "SDPA, group as rows": packed,
         "SDPA, enable_gqa": grouped_query,
+        "SDPA as transformers calls it": by_transformers,
     }
 
 
-def _exactly(query: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """In float64, a batch row at a time."""
-    rows = [
+def exactly(query: Tensor, segments: Sequence[Segment], rows: Iterable[int] | None = None) -> Tensor:
+    """In float64, a batch row at a time; of all rows, or of these."""
+    asked = range(query.shape[0]) if rows is None else rows
+    found = [
         reference.decode_attention(query[b : b + 1].double(), [_row(one, b) for one in segments])[0]
-        for b in range(query.shape[0])
+        for b in asked
     ]
-    return torch.cat(rows)
+    return torch.cat(found)
 
 
 def _masses(query: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
-    """Of each segment, as _exactly."""
+    """Of each segment, as exactly()."""
     shares = []
     for b in range(query.shape[0]):
         rows = [_row(one, b) for one in segments]

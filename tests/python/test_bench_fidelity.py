@@ -1,0 +1,181 @@
+"""``lightvlm bench fidelity``: methods with knobs of their own, caches of few bits, and KL beside accuracy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import lightvlm
+import pytest
+from lightvlm import cli
+from lightvlm.bench import decoder, fidelity, levels
+from lightvlm.kl import Divergence
+from lightvlm.methods import METHODS
+from lightvlm.methods.base import KEEPS, Method
+from lightvlm.methods.kv_precision import KVPrecision
+from lightvlm.methods.zipvl import ZipVLPrefill
+
+FEW = ("--questions", "8", "--batch", "2", "--random-seeds", "1", "--threads", "1")
+
+
+def zipvl(tau: float = 0.975, **options: Any) -> lightvlm.Plan:
+    """A method whose knob is not keep."""
+    return lightvlm.Plan(prefill=ZipVLPrefill(tau=tau, **options))
+
+
+@pytest.fixture(autouse=True)
+def _with_zipvl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "zipvl", Method("zipvl", zipvl, "a test", "tau", (0.975, 0.96)))
+
+
+def arguments(*options: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    fidelity.add_arguments(parser)
+    return parser.parse_args(options)
+
+
+def test_rows_of_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--method",
+        "lightvlm",
+        "zipvl",
+        "random",
+        "--keep",
+        "0.35",
+        "--level",
+        "tau=0.9,0.5",
+        "--bits",
+        "8",
+        "2",
+    ]
+    options = ["--option", "min_tokens=1", "--option", "recent=8", "--kl-questions", "8"]
+    assert cli.main(["bench", "fidelity", *FEW, *words, *options, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    found = [(row["method"], row.get("keep"), row.get("tau"), row.get("bits")) for row in result["rows"]]
+    assert found == [
+        ("full", 1.0, None, None),
+        ("lightvlm", 0.35, None, None),
+        ("zipvl", None, 0.9, None),
+        ("zipvl", None, 0.5, None),
+        ("random", 0.35, None, None),
+        ("precision", None, None, 8),
+        ("precision", None, None, 2),
+    ]
+    _, ours, much, little, random, eight, two = result["rows"]
+    assert "over_random" in ours
+    assert "over_random" not in much
+    assert 0 < little["attending_share"] < much["attending_share"] < 1
+    assert little["attention_flops_share"] < much["attention_flops_share"] < 1
+    assert "attending_share" not in ours
+    assert two["kv_share"] < eight["kv_share"] < 1.0
+    assert ours["kv_share"] == pytest.approx(random["kv_share"])
+    assert 0 < eight["kl"]["mean"] < two["kl"]["mean"]
+    assert eight["kl"]["tokens"] == two["kl"]["tokens"] == ours["kl"]["tokens"]
+    assert all(row["stepped_aside"] == {} for row in result["rows"][1:])
+    assert cli.bench.show(result) is None
+
+
+def test_kl_can_be_left_out() -> None:
+    words = ["--method", "lightvlm", "--keep", "0.5", "--kl-questions", "0"]
+    rows = fidelity.run(arguments(*FEW, *words))["rows"]
+    assert ["kl" in row for row in rows] == [False, False]
+
+
+def test_kl_is_over_all_kinds_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of the kinds one after the other, until there are enough questions."""
+    asked = fidelity.Questions("test", 16, 0)
+    asked._batches = [
+        (kind, slice(0, 2), {"input_ids": [number] * 2, "kind": kind})
+        for kind in asked.kinds
+        for number in range(2)
+    ]
+    seen = []
+
+    def measured(model: Any, inputs: Any, plans: Any, *, new_tokens: int) -> dict[str, Divergence]:
+        seen.append((inputs["kind"], inputs["input_ids"][0]))
+        return {name: Divergence(float(name), 1.0, 1.0, 3) for name in plans}
+
+    monkeypatch.setattr(fidelity, "divergence", measured)
+    plans = {("a", "keep", 0.5): lightvlm.Plan(), ("b", "tau", 0.9): lightvlm.Plan()}
+    found = asked.divergences(None, plans, 9)
+    assert seen == [*((kind, 0) for kind in asked.kinds), (asked.kinds[0], 1)]
+    assert [found[key].mean for key in plans] == [0.0, 1.0]
+    assert found[next(iter(plans))].tokens == 15
+
+
+def test_parts_count_by_their_tokens() -> None:
+    first = Divergence(1.0, 2.0, 0.5, 10, [1.0], {"why": 1})
+    second = Divergence(4.0, 5.0, 1.0, 30, [4.0, 4.0], {"why": 2})
+    assert Divergence.together([first, second]) == Divergence(
+        3.25, 5.0, 0.875, 40, [1.0, 4.0, 4.0], {"why": 3}
+    )
+
+
+def test_options_go_to_whoever_has_them() -> None:
+    words = ["--method", "lightvlm", "zipvl", "random", "--keep", "0.5", "--bits", "4", "--random-seeds", "2"]
+    given = {"layers": (1, 2), "min_tokens": 3, "recent": 9, "seed": 7}
+    plans = fidelity.make_plans(arguments(*words), given)
+    assert plans["lightvlm", "keep", 0.5] == [lightvlm.LightVLM(keep=0.5, layers=(1, 2))]
+    assert plans["zipvl", "tau", 0.96] == [zipvl(0.96, min_tokens=3, seed=7)]
+    assert plans["random", "keep", 0.5] == [
+        lightvlm.Random(keep=0.5, layers=(1, 2), seed=seed) for seed in (0, 1)
+    ]
+    assert plans["precision", "bits", 4] == [lightvlm.Plan(precision=KVPrecision(bits=4, recent=9))]
+    with pytest.raises(ValueError, match="--option frobnicate: none of lightvlm takes it here"):
+        fidelity.make_plans(arguments("--method", "lightvlm"), {"frobnicate": 1})
+
+
+def test_levels() -> None:
+    def found(*arguments: Any, **options: Any) -> list[tuple[str, float]]:
+        return [(one.name, value) for one, value in levels.levels(*arguments, **options)]
+
+    assert found(["zipvl"], None, []) == [("zipvl", 0.975), ("zipvl", 0.96)]
+    assert found(["lightvlm"], None, []) == [("lightvlm", keep) for keep in KEEPS]
+    assert found(["lightvlm"], None, [], default=(0.2,)) == [("lightvlm", 0.2)]
+    assert found(["lightvlm", "zipvl"], [0.5], ["tau=0.9"]) == [("lightvlm", 0.5), ("zipvl", 0.9)]
+    assert found(["lightvlm"], [0.5], ["keep=0.1,0.2"]) == [("lightvlm", 0.1), ("lightvlm", 0.2)]
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("tau", "--level must be NAME=VALUE"),
+        ("=3", "--level must be NAME=VALUE"),
+        ("tau=a,b", "--level must be NAME=VALUE"),
+        ("window=3", "no method here has the knob 'window'"),
+    ],
+)
+def test_bad_levels(pair: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        levels.levels(["zipvl"], None, [pair])
+
+
+def test_bad_options() -> None:
+    with pytest.raises(ValueError, match="--kl-questions must be at least 0, got -1"):
+        fidelity.run(arguments("--kl-questions", "-1"))
+    with pytest.raises(ValueError, match="--random-seeds must be at least 1, got 0"):
+        fidelity.run(arguments("--random-seeds", "0"))
+
+
+def test_the_decoder_takes_other_knobs_too() -> None:
+    parser = argparse.ArgumentParser()
+    decoder.add_arguments(parser)
+    words = [
+        "--geometry",
+        "tiny",
+        "--layers",
+        "2",
+        "--image-tokens",
+        "600",
+        "--rounds",
+        "1",
+        "--dtype",
+        "float32",
+    ]
+    rows = decoder.run(parser.parse_args([*words, "--method", "lightvlm", "zipvl", "--level", "tau=0.5"]))[
+        "rows"
+    ]
+    found = [(row["method"], row.get("keep"), row.get("tau")) for row in rows if "flop_ceiling" in row]
+    assert found == [*(("lightvlm", keep, None) for keep in (0.35, 0.15, 0.03)), ("zipvl", None, 0.5)]
+    assert rows[-1]["case"] == rows[0]["case"] + ", tau 0.5"

@@ -1,0 +1,89 @@
+"""Saving and loading a CompactCache: what was read goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightvlm
+import pytest
+import torch
+from lightvlm import CompactCache, KVPrecision
+from lightvlm.methods.decode_compaction import DecodeCompaction
+from lightvlm.methods.zipvl import ZipVLPrefill
+from python.test_precision import LONG
+from python.test_prefill import lightvlm_plan, prompt
+from python.tiny import LLAVA, extend
+from safetensors.torch import save_file
+
+COMPACTION = DecodeCompaction(keep=0.3, interval=8, sinks=2, recent=6)
+FEW_BITS = KVPrecision(sinks=2, recent=6, interval=64)
+ZIPVL = ZipVLPrefill(tau=0.7, recent_rows=4, random_rows=5, min_tokens=1)
+PLANS = {
+    "whole": lightvlm.Plan(),
+    "reduced": lightvlm_plan(),
+    "compacted": lightvlm.Plan(cache=COMPACTION),
+    "queries": lightvlm.Plan(
+        cache=DecodeCompaction(keep=0.3, interval=8, sinks=2, recent=6, score="queries")
+    ),
+    "packed": lightvlm.Plan(precision=FEW_BITS),
+    "zipvl": lightvlm.Plan(prefill=ZIPVL, precision=KVPrecision(low_bits=2, sinks=2, recent=6, interval=64)),
+    "packed-compacted": lightvlm.Plan(cache=COMPACTION, precision=FEW_BITS),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """Heads of 32 channels, which a packed cache needs."""
+    return LLAVA.build(head_dim=32)
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("capacity", [None, 400])
+def test_a_loaded_cache_goes_on(model: Any, name: str, capacity: int | None, tmp_path: Path) -> None:
+    """Saved after 90 tokens of two rows of different length; 40 more, past another packing, in both."""
+    inputs = prompt(LLAVA, LONG)
+    mask = inputs["attention_mask"]
+    with torch.no_grad(), lightvlm.attach(model, PLANS[name]):
+        cache = model(**inputs, past_key_values=CompactCache(model.config, PLANS[name])).past_key_values
+        for step in range(90):
+            _, mask = extend(LLAVA, model, mask, torch.tensor([[3 + step % 30], [4]]), past_key_values=cache)
+        cache.save(tmp_path / "cache.safetensors")
+        other = CompactCache.load(tmp_path / "cache.safetensors", model.config, capacity=capacity)
+        assert other.plan == cache.plan
+        assert other.kv_bytes_full == cache.kv_bytes_full
+        assert other.get_seq_length() == cache.get_seq_length()
+        for step in range(40):
+            tokens = torch.tensor([[5 + step % 20], [6]])
+            first, longer = extend(LLAVA, model, mask, tokens, past_key_values=cache)
+            second, mask = extend(LLAVA, model, mask, tokens, past_key_values=other)
+            assert torch.allclose(first.logits, second.logits, atol=1e-5)
+            assert torch.equal(longer, mask)
+
+
+def test_an_empty_cache(model: Any, tmp_path: Path) -> None:
+    CompactCache(model.config).save(tmp_path / "cache.safetensors")
+    cache = CompactCache.load(tmp_path / "cache.safetensors", model.config)
+    assert cache.get_seq_length() == 0
+    assert not cache.layers[0].is_initialized
+
+
+def test_bad_files(model: Any, tmp_path: Path) -> None:
+    path = tmp_path / "cache.safetensors"
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="is not a cache of lightvlm in format 1, got format None"):
+        CompactCache.load(path, model.config)
+    with torch.no_grad():
+        cache = model(**prompt(LLAVA, LONG), past_key_values=CompactCache(model.config)).past_key_values
+    cache.save(path)
+    with pytest.raises(
+        ValueError, match="is a cache of another model: it has 5 layers of 2 heads of 32 channels"
+    ):
+        CompactCache.load(path, LLAVA.build().config)
+    held = cache.get_seq_length()
+    with pytest.raises(
+        ValueError, match=f"capacity of the cache is {held - 1} tokens; the file holds {held}"
+    ):
+        CompactCache.load(path, model.config, capacity=held - 1)
+    with pytest.raises(OSError, match="nowhere"):
+        CompactCache.load(tmp_path / "nowhere", model.config)
