@@ -148,6 +148,10 @@ class CompactLayer(CacheLayerMixin):
             setattr(self, name, saved)
         self._bounds = None
 
+    def in_buffer(self) -> CompactLayer:
+        """The layer, or one that holds the same in a buffer."""
+        return self
+
     def check_room(self, key_states: Tensor, value_states: Tensor) -> None:
         """Raise a ValueError unless (B, Hkv, S, D) states fit what is stored, and the capacity."""
         held, new = self.held, key_states.shape[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -12,8 +13,10 @@ from lightvlm_ext import OutOfPages
 
 from .block_rows import missing
 from .cache import CompactCache
+from .cache_file import load_cache
 from .cache_layer import check_rows
 from .host import upload
+from .paged_conversion import to_pages
 from .paged_layer import PagedLayer
 from .pages import KVPages
 from .paging import move_pages, reserve
@@ -80,6 +83,20 @@ class PagedCompactCache(CompactCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self.fork()
+
+    @classmethod
+    def load(cls, path: str | Path, config: PretrainedConfig, *, pages: KVPages) -> Self:  # type: ignore[override]
+        """Read what :meth:`save` wrote, of this kind of cache or a CompactCache, into pages.
+
+        Raises:
+            ValueError: the file is of another kind, another format, or of another model or dtype; or its plan packs.
+            OutOfPages: too few pages are free.
+        """
+        found = load_cache(path, config, capacity=None, device=pages.device)
+        cache = cls(config, found.plan, pages=pages)
+        to_pages(found.layers, cache.layers, follows_mask=not found.leftpad)
+        cache.leftpad, cache.since_compaction = found.leftpad, found.since_compaction
+        return cache
 
     def release(self) -> None:
         """Give all pages back. The cache is empty then, and can be used again."""

@@ -16,6 +16,7 @@ from lightvlm_ext.ops import KVSegment, PackedKV
 
 from .block_rows import BlockRows
 from .cache_layer import SLACK, CompactLayer, check_rows
+from .paged_conversion import to_buffer
 from .pages import KVPages
 from .paging import reserve
 
@@ -123,6 +124,10 @@ class PagedLayer(CompactLayer):
             self.mass = torch.zeros(len(self.ends), self.pages.heads[0], room, device=self.pages.device)
         if before is not None:
             self.mass[:, :, : before.shape[2]] = before
+
+    def in_buffer(self) -> CompactLayer:
+        """A copy in a buffer, with its padding where nothing is gone."""
+        return to_buffer(self)
 
     # -- reading
 

@@ -30,21 +30,21 @@ def reserve(layers: Sequence[PagedLayer], new: int) -> None:
     if any(blocks.stale for blocks in several):
         upload_tables(several)
     pages, batches = layers[0].pages, [len(layer.ends) for layer in layers]
-    slots: list[int] = []
+    places: list[int] = []
     for blocks, own in zip(several, spans, strict=True):
         for row, (begin, end) in zip(blocks.rows, own, strict=True):
-            slots += _slots(row, begin, end, pages.page_size)
-    of_layer = upload(slots, pages.device, torch.int64).split([batch * new for batch in batches])
+            places += slots(row, begin, end, pages.page_size)
+    of_layer = upload(places, pages.device, torch.int64).split([batch * new for batch in batches])
     starts, ends = upload(
         [[start for layer in layers for start in layer.starts], [end for own in spans for _, end in own]],
         pages.device,
     )
     parts = zip(layers, of_layer, starts.split(batches), ends.split(batches), strict=True)
-    for layer, places, first, last in parts:
-        layer._slots, layer._bounds_to_come = places, (first, last)
+    for layer, own_places, first, last in parts:
+        layer._slots, layer._bounds_to_come = own_places, (first, last)
 
 
-def _slots(row: list[int], begin: int, end: int, size: int) -> list[int]:
+def slots(row: list[int], begin: int, end: int, size: int) -> list[int]:
     """Where tokens [begin, end) of a row stand among the tokens of all pages."""
     found: list[int] = []
     while begin < end:

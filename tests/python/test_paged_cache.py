@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+from pathlib import Path
 from typing import Any
 
 import lightvlm
@@ -595,3 +596,69 @@ def test_bytes(model: Any, family: Family) -> None:
     assert cache.kv_bytes_allocated < before
     cache.reset()
     assert (cache.kv_bytes_allocated, cache.kv_bytes_used, pages.available) == (0, 0, pages.pages)
+
+
+# -- files
+
+
+@pytest.mark.parametrize(
+    "plan", [Plan(), plan_of("every-token"), plan_of("queries")], ids=["whole", "mass", "queries"]
+)
+@pytest.mark.parametrize("kinds", ["paged-compact", "compact-paged", "paged-paged"])
+def test_files(family: Family, model: Any, plan: Plan, kinds: str, tmp_path: Path) -> None:
+    """One format for both kinds; the cache read goes on as the one written, padded rows too."""
+    written, read = kinds.split("-")
+    inputs, pages = prompt(family, ROWS), pages_for(model)
+    tokens = [torch.tensor([[number]] * 4) for number in range(3, 13)]
+    with torch.no_grad(), lightvlm.attach(model, plan):
+        cache = CompactCache(model.config)
+        if written == "paged":
+            cache = PagedCompactCache(model.config, pages=pages)
+        out, mask = model(**inputs, past_key_values=cache), inputs["attention_mask"]
+        for token in tokens[:3]:
+            out, mask = extend(family, model, mask, token, past_key_values=cache)
+        cache.save(tmp_path / "cache.safetensors")
+        if read == "paged":
+            other = PagedCompactCache.load(tmp_path / "cache.safetensors", model.config, pages=pages)
+        else:
+            other = CompactCache.load(tmp_path / "cache.safetensors", model.config)
+        assert (other.kv_bytes_used, other.kv_bytes_full) == (cache.kv_bytes_used, cache.kv_bytes_full)
+        masks = [mask, mask]
+        for token in tokens[3:]:
+            logits = []
+            for which, one in enumerate((cache, other)):
+                out, masks[which] = extend(family, model, masks[which], token, past_key_values=one)
+                logits.append(out.logits)
+            assert (logits[0] - logits[1]).abs().max() <= 1e-4
+        assert [layer.seen for layer in cache.layers] == [layer.seen for layer in other.layers]
+    if plan == Plan():  # and off the model
+        with torch.no_grad():
+            logits = [
+                extend(family, model, masks[0], tokens[0], past_key_values=one)[0].logits
+                for one in (cache, other)
+            ]
+        assert (logits[0] - logits[1]).abs().max() <= 1e-4
+
+
+def test_files_of_an_unattached_model(llava: Any, tmp_path: Path) -> None:
+    """Where padding is, only the mask knows; an empty cache; and what cannot be read."""
+    inputs, token, path = prompt(LLAVA, ROWS), torch.tensor([[3]] * 4), tmp_path / "cache.safetensors"
+    pages = pages_for(llava)
+    cache = PagedCompactCache(llava.config, pages=pages)
+    cache.save(path)
+    assert PagedCompactCache.load(path, llava.config, pages=pages).get_seq_length() == 0
+    with torch.no_grad():
+        llava(**inputs, past_key_values=cache)
+        cache.save(path)
+        other = PagedCompactCache.load(path, llava.config, pages=pages)
+        expected, _ = extend(LLAVA, llava, inputs["attention_mask"], token, past_key_values=cache)
+        found, _ = extend(LLAVA, llava, inputs["attention_mask"], token, past_key_values=other)
+    assert torch.equal(found.logits, expected.logits)
+    few = pages_for(llava, 60 - 1)
+    with pytest.raises(OutOfPages, match="pages: 60 more are needed, 59 of 59 are free"):
+        PagedCompactCache.load(path, llava.config, pages=few)
+    assert few.available == 59
+    halves = pages_for(llava, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"in torch.float32, the cache 2 of 8 in torch.float16"):
+        PagedCompactCache.load(path, llava.config, pages=halves)
+    assert halves.available == halves.pages
