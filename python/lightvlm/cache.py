@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lightvlm_ext.ops import Selection
 
     from .runtime import Run
+    from .transcript import Transcript
 
 
 class CompactCache(Cache):
@@ -77,6 +78,7 @@ class CompactCache(Cache):
         self._has_own_plan = plan is not None
         self._set_plan(plan if plan is not None else Plan())
         self.run: weakref.ref[Run] | None = None
+        self.transcript: Transcript | None = None
         self.leftpad: list[int] = []
         self.since_compaction = 0
         self._unread = True
@@ -120,8 +122,8 @@ class CompactCache(Cache):
 
     @property
     def reads_itself(self) -> bool:
-        """Whether attention follows what is stored, not the 2-D mask, in a layer."""
-        return any(layer.ragged or layer.mass is not None for layer in self.layers)
+        """Whether what is stored, not the 2-D mask, says which keys are valid, now or after a compaction to come."""
+        return self.ragged or self.plan.cache is not None or self.plan.precision is not None
 
     @property
     def ragged(self) -> bool:
@@ -190,6 +192,8 @@ class CompactCache(Cache):
         evicted = evict_packed(
             [layer for layer in self.layers if layer.packed is not None], policy, self.leftpad
         )
+        if evicted and not policy.demotes and self.transcript is not None:
+            self.transcript.dropped = True
         chosen = [
             (layer, policy.choose(layer, self.leftpad)) for layer in self.layers if layer.packed is None
         ]
@@ -204,12 +208,21 @@ class CompactCache(Cache):
         for layer, (_, _, kept) in moves:
             layer.compacted(kept, policy.recent)
             layer.dropped = True
+        if self.transcript is not None:
+            self.transcript.dropped = True
         return True
 
     @property
     def _full(self) -> bool:
         """Whether the next token finds no room."""
         return any(layer.capacity is not None and layer.held >= layer.capacity for layer in self.layers)
+
+    def lacks_room(self, tokens: int) -> str | None:
+        """Why a conversation of so many tokens a row cannot be read anew in the place of what is stored, or None."""
+        capacity = self.layers[0].capacity
+        if capacity is not None and capacity < tokens:
+            return f"the cache's capacity ({capacity}) is too small to read the conversation anew"
+        return None
 
     def _move(self, layers: Sequence[CompactLayer], index: list[Tensor], count: list[Tensor]) -> None:
         """Move the tokens that stay, and what they received, to the front of these layers' rows."""
@@ -251,6 +264,8 @@ class CompactCache(Cache):
         layer, or raise a ValueError and change none."""
         removed = min(layer.check_crop(tokens_to_remove) for layer in self.layers)
         super().crop(removed)
+        if self.transcript is not None:
+            self.transcript.follow(self.get_seq_length())
         self.since_compaction = max(0, self.since_compaction + removed)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -275,10 +290,13 @@ class CompactCache(Cache):
             layer.batch_select_indices(indices, rows)
         if self.leftpad:
             self.leftpad = [self.leftpad[row] for row in rows]
+        if self.transcript is not None:
+            self.transcript.select_rows(indices)
 
     def reset(self) -> None:
         super().reset()
         self.leftpad, self.since_compaction, self._unread = [], 0, True
+        self.transcript = None
 
     def shrink(self) -> None:
         """Give free rows of the buffers back to the allocator (buffers move; not with a fixed capacity)."""

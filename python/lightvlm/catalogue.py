@@ -51,8 +51,8 @@ def describe(name: str) -> dict[str, Any]:
     """A method's name, source, summary and options, as JSON-ready data.
 
     A method function's own arguments come first, then the fields of its prefill part that they leave out. What an
-    argument means is in the field of its name, of the prefill or the precision part, or in the cache part's for
-    ``decode_...``.
+    argument means is in the field of its name, of the prefill or the precision part, in the cache part's for
+    ``decode_...``, or in the plan's.
     """
     found = METHODS[name]
     signature = inspect.signature(found.make)
@@ -62,7 +62,8 @@ def describe(name: str) -> dict[str, Any]:
     for argument in signature.parameters.values():
         if argument.kind is not argument.VAR_KEYWORD:
             own = prefill.get(argument.name) or precision.get(argument.name)
-            field = own or cache.get(argument.name.removeprefix("decode_"))
+            own = own or cache.get(argument.name.removeprefix("decode_"))
+            field = own or _fields(plan).get(argument.name)
             options.append(_option(argument.name, argument.default, field))
     named = {option["name"] for option in options}
     if any(argument.kind is argument.VAR_KEYWORD for argument in signature.parameters.values()):
@@ -71,7 +72,7 @@ def describe(name: str) -> dict[str, Any]:
     return {"name": name, "source": found.source, "summary": summary, "options": options}
 
 
-def _fields(part: Part | None) -> dict[str, Any]:
+def _fields(part: Part | Plan | None) -> dict[str, Any]:
     return {} if part is None else {field.name: field for field in dataclasses.fields(part)}  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Numbers of the host on their way to a device, without waiting for it."""
+"""Numbers on their way to a device and tensors on their way back, without waiting for it."""
 
 from __future__ import annotations
 
@@ -17,3 +17,15 @@ def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int32) 
     if device.type != "cuda":
         return on_host.to(device)
     return on_host.pin_memory().to(device, non_blocking=True)
+
+
+def download(x: Tensor) -> Tensor:
+    """A tensor of a device on the host, copied while the device goes on: what a later upload on the same stream reads,
+    but not the host before it has waited. On a CPU it is the tensor itself."""
+    if x.device.type == "cpu":
+        return x
+    if x.device.type != "cuda":
+        return x.cpu()
+    with torch.inference_mode(False):
+        buffer = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return buffer.copy_(x, non_blocking=True)

@@ -130,6 +130,26 @@ def read_layout(is_image: Tensor, valid: Tensor, sizes: list[int] | None) -> Bat
     return BatchLayout(tuple(rows), codes, within)
 
 
+def layout_of(codes: Tensor) -> BatchLayout:
+    """The layout that ``codes`` (B, S) int32 on the CPU say: :attr:`BatchLayout.codes`, padding on the left."""
+    within = torch.zeros_like(codes)
+    rows = []
+    for row, index in zip(codes, within, strict=True):
+        kinds, counts = torch.unique_consecutive(row, return_counts=True)
+        runs, at, leftpad = [], 0, 0
+        for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True):
+            if kind == PADDING:
+                leftpad = count
+            elif kind == TEXT:
+                runs.append(Run(None, count))
+            else:
+                runs.append(Run(kind - FIRST_IMAGE, count))
+                index[at : at + count] = torch.arange(count, dtype=torch.int32)
+            at += count
+        rows.append(RowLayout(leftpad, tuple(runs)))
+    return BatchLayout(tuple(rows), codes, within)
+
+
 def _row_runs(
     is_image: Tensor, pad: int, pending: list[int] | None, codes: Tensor, within: Tensor
 ) -> list[Run]:

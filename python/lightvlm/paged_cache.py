@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -78,7 +80,7 @@ class PagedCompactCache(CompactCache):
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.layers = [layer.fork() for layer in self.layers]
-        other.leftpad = list(self.leftpad)
+        other.leftpad, other.transcript = list(self.leftpad), copy.deepcopy(self.transcript)
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -114,7 +116,10 @@ class PagedCompactCache(CompactCache):
             stored = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except OutOfPages:
             if first:  # layers before this one have got their part of the prompt
+                said = self.transcript
                 self.reset()
+                if said is not None and said.unfinished:  # of a conversation, of which this was not all
+                    self.transcript = said
             raise
         layer = self.layers[layer_idx]
         reads_itself = layer.ragged and self.attached
@@ -143,6 +148,16 @@ class PagedCompactCache(CompactCache):
             return False
         return max(self.pages.pool.refcount([page for own in blocks for page in own.ids]), default=0) == 1
 
+    def lacks_room(self, tokens: int) -> str | None:
+        # as if no layer were born short: which are, shows only while they are filled
+        needed = sum(len(layer.ends) for layer in self.layers) * self.pages.blocks(tokens)
+        own = Counter(page for layer in self.layers for page in layer.blocks.ids)
+        users = self.pages.pool.refcount(list(own))
+        alone = sum(count == number for count, number in zip(own.values(), users, strict=True))
+        if needed > self.pages.available + alone:
+            return "too few pages are left to read the conversation anew"
+        return None
+
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         if self.get_seq_length() == 0:
@@ -161,6 +176,8 @@ class PagedCompactCache(CompactCache):
             layer.batch_select_indices(indices, rows)
         if self.leftpad:
             self.leftpad = [self.leftpad[row] for row in rows]
+        if self.transcript is not None:
+            self.transcript.select_rows(indices)
 
     @property
     def kv_bytes_allocated(self) -> int:

@@ -3,7 +3,7 @@
 A :class:`Plan` has three independent parts. ``prefill`` reduces image tokens inside the decoder while the
 prompt is read, ``cache`` compacts the KV cache while text is generated, ``precision`` stores it in fewer
 bits. Each part is a frozen dataclass registered under a ``kind``; its fields are its options, so that a plan
-survives JSON and a command line without any code of its own.
+survives JSON and a command line without any code of its own. ``keep_for_later`` says what becomes of what they drop.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import json
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 SCHEMA_VERSION = 1
+
+KeepForLater = Literal["offload", "quantize", "drop"]
+_KEEP_FOR_LATER: tuple[str, ...] = typing.get_args(KeepForLater)
 
 _KINDS: dict[tuple[str, str], type[Part]] = {}
 PartType = TypeVar("PartType", bound="type[Part]")
@@ -82,6 +85,14 @@ class Plan:
         prefill: reduces image tokens at some decoder layers, or None.
         cache: compacts the KV cache during decoding, or None.
         precision: stores the KV cache in fewer bits, or None.
+        keep_for_later: what a later question to the same cache finds of the tokens that prefill and cache dropped.
+            "offload": the conversation's input embeddings are kept on the host, and a later question has the whole
+            conversation read anew; "quantize": the same, in 8 bits on the device; "drop": nothing is kept, and the
+            question finds what earlier ones left (docs/multi-turn.md).
+
+    Raises:
+        TypeError: a part of the wrong kind, or a keep_for_later that is no string.
+        ValueError: another keep_for_later.
 
     A plan whose parts are all None is the baseline: attaching it changes no bit of the result.
     """
@@ -89,12 +100,21 @@ class Plan:
     prefill: Part | None = None
     cache: Part | None = None
     precision: Part | None = None
+    keep_for_later: KeepForLater = dataclasses.field(
+        default="offload",
+        metadata={"doc": "what a later question finds of dropped tokens", "choices": _KEEP_FOR_LATER},
+    )
 
     def __post_init__(self) -> None:
         for slot in ("prefill", "cache", "precision"):
             part = getattr(self, slot)
             if part is not None and getattr(part, "slot", None) != slot:
                 raise TypeError(f"{slot} must be None or a {slot} part, got {type(part).__name__}")
+        if not isinstance(self.keep_for_later, str):
+            raise TypeError(f"keep_for_later must be str, got {self.keep_for_later!r}")
+        if self.keep_for_later not in _KEEP_FOR_LATER:
+            known = ", ".join(map(repr, _KEEP_FOR_LATER))
+            raise ValueError(f"keep_for_later must be one of {known}, got {self.keep_for_later!r}")
 
     def to_json(self, indent: int | None = None) -> str:
         """The plan as a JSON object with a schema version."""
@@ -102,11 +122,12 @@ class Plan:
         for slot in ("prefill", "cache", "precision"):
             part = getattr(self, slot)
             data[slot] = None if part is None else part.to_dict()
+        data["keep_for_later"] = self.keep_for_later
         return json.dumps(data, indent=indent)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read what :meth:`to_json` wrote.
+        """Read what :meth:`to_json` wrote; a part that is not there is None, a keep_for_later "offload".
 
         Raises:
             ValueError: not JSON, another schema version, an unknown part or option, an option out of range.
@@ -123,12 +144,12 @@ class Plan:
         version = data.pop("schema_version", None)
         if version != SCHEMA_VERSION:
             raise ValueError(f"plan has schema_version {version!r}; this version reads {SCHEMA_VERSION}")
+        later = data.pop("keep_for_later", "offload")
         unknown = sorted(set(data) - {"prefill", "cache", "precision"})
         if unknown:
             raise ValueError(f"plan has no part {unknown[0]!r}; parts: prefill, cache, precision")
-        return cls(
-            **{slot: _part_from_dict(slot, data.get(slot)) for slot in ("prefill", "cache", "precision")}
-        )
+        parts = {slot: _part_from_dict(slot, data.get(slot)) for slot in ("prefill", "cache", "precision")}
+        return cls(**parts, keep_for_later=later)
 
 
 def check_options(part: Part) -> None:

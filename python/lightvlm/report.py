@@ -25,6 +25,9 @@ class Report:
         kv_bytes_allocated: bytes of the buffers that hold them.
         kv_bytes_full: bytes that the uncompressed cache would use at that length.
         kv_compression: kv_bytes_full over kv_bytes_used.
+        reread: times that a later question had a conversation read anew (its rows are among prefills, its time in
+            "prefill").
+        later_bytes: bytes kept for that after the last step, on the host or the device.
         seconds: per phase ("prefill", "decode"); the model's time, images included, without the language-model head.
         op_calls, op_seconds: per op; on a GPU seconds are left out, because measuring them would synchronise.
         compactions: times the cache was compacted while decoding.
@@ -46,6 +49,8 @@ class Report:
     kv_bytes_allocated: int = 0
     kv_bytes_full: int = 0
     kv_compression: float = 1.0
+    reread: int = 0
+    later_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     op_calls: dict[str, int] = field(default_factory=dict)
     op_seconds: dict[str, float] = field(default_factory=dict)
@@ -73,6 +78,7 @@ class Report:
             ("KV cache", f"{_bytes(self.kv_bytes_used)} used, {_bytes(self.kv_bytes_allocated)} allocated, "
                          f"{_bytes(self.kv_bytes_full)} if nothing were removed, {self.kv_compression:.2f}x"),
             ("compactions while decoding", f"{self.compactions}"),
+            ("read anew for later questions", f"{self.reread}x, {_bytes(self.later_bytes)} kept for it"),
             *self._kl_rows(),
         ]  # fmt: skip
         rows += [(f"{phase} time", f"{seconds * 1e3:.1f} ms") for phase, seconds in self.seconds.items()]

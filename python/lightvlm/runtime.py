@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightvlm_ext._kv import PACKED_HEAD_DIMS
 
-from . import attention_hook
+from . import attention_hook, later
 from .flops import head_width
 from .layout import BatchLayout, LayoutError, RowLayout, read_layout
 from .methods.base import AttentionPart, CachePart, PrecisionPart, PrefillPart
@@ -54,7 +54,9 @@ def attach(model: nn.Module, plan: Plan, *, trace: bool = False) -> Run:
         the cache to go on with; an empty ``DynamicCache`` that was passed becomes it. Where the logits of the
         last k > 1 tokens are asked for (``logits_to_keep=k``), those after the first of them are answers to be
         rated or drafts to be verified, and have no say in which image tokens stay.
-        In chunked prefill (``prefill_chunk_size``) only the first chunk is reduced, as a prompt of its own. Eager
+        In chunked prefill (``prefill_chunk_size``) only the first chunk is reduced, as a prompt of its own. Several
+        tokens on a filled cache are a later question: where tokens were dropped, the conversation is read anew with
+        it, unless the plan's ``keep_for_later`` is "drop" (docs/multi-turn.md); one token alone is decoding. Eager
         attention returns its weights for the layers before the first stage.
 
     Raises:
@@ -126,6 +128,8 @@ class Run:
         self._layout: BatchLayout | None = None
         self._prompt = False
         self._drafts = 0
+        self._one_logit = False
+        self._call: later.Call | None = None
         self._timer: Timer | None = None
         self._stats = Statistics(adapter)
         self._observe = observe
@@ -145,6 +149,7 @@ class Run:
             adapter.model.register_forward_pre_hook(self._before_head, with_kwargs=True),
             adapter.base.register_forward_pre_hook(self._before_model, with_kwargs=True),
             adapter.base.register_forward_hook(self._after_model, always_call=True),
+            adapter.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
         ]
         for index, layer in enumerate(adapter.layers):
             self._handles.append(layer.register_forward_pre_hook(_LayerHook(self, index), with_kwargs=True))
@@ -219,11 +224,13 @@ class Run:
             raise ValueError("labels cannot be used while a plan shortens the sequence; detach the run first")
         wanted = kwargs.get("logits_to_keep")
         self._drafts = max(0, wanted - 1) if isinstance(wanted, int) else 0
+        self._one_logit = isinstance(wanted, int) and wanted == 1
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = self._signature.bind(*args, **kwargs).arguments
         inputs.update(inputs.pop("kwargs", {}))
         drafts, self._drafts = self._drafts, 0
+        one_logit, self._one_logit = self._one_logit, False
         self._forget()
         current = self._adapter.decoder.config._attn_implementation
         if current != self._name:
@@ -232,16 +239,22 @@ class Run:
             )
         self._timer = Timer(next(module.parameters()).device)
         cache = inputs.get("past_key_values")
+        said = getattr(cache, "transcript", None)
+        if said is not None and said.unfinished:
+            raise ValueError(
+                "past_key_values is a cache whose conversation was being read anew when a call failed; reset it"
+            )
         if cache is not None and cache.get_seq_length() > 0:
-            self._continue(cache, inputs)
+            self._continue(cache, inputs, drafts, one_logit)
         else:
-            self._begin(cache, inputs, drafts)
+            self._begin(cache, inputs, drafts, one_logit)
         self._observer = self._observe(self._stats.add_op)
         self._observer.__enter__()
         return (), inputs
 
-    def _continue(self, cache: Any, inputs: dict[str, Any]) -> None:
-        """More tokens on a filled cache: they are all appended, and image tokens among them are not reduced."""
+    def _continue(self, cache: Any, inputs: dict[str, Any], drafts: int, one_logit: bool) -> None:
+        """More tokens on a filled cache: they are all appended, and image tokens among them are not reduced, unless
+        they are a question to what was dropped."""
         if _is_compact(cache):
             cache.check_model(self._adapter.decoder.config)
         if _is_compact(cache) and cache.leftpad:
@@ -249,10 +262,14 @@ class Run:
                 _check_new_tokens(inputs)
             cache.run = weakref.ref(self)
             self._cache = cache
+            if cache.transcript is not None and later.resume(self, cache, inputs, drafts, one_logit):
+                return
         if self._reduces and self._adapter.has_pixels(inputs):
-            self._stats.step_aside("an image arrived on a cache that already holds tokens")
+            self._stats.step_aside(
+                "an image arrived on a cache that already holds tokens; nothing was read anew"
+            )
 
-    def _begin(self, cache: Any, inputs: dict[str, Any], drafts: int) -> None:
+    def _begin(self, cache: Any, inputs: dict[str, Any], drafts: int, one_logit: bool) -> None:
         """A prompt on an empty cache: plan its reduction and put a CompactCache in the place of a dynamic one."""
         self._prompt = True
         self.kept = {}
@@ -270,8 +287,7 @@ class Run:
             return self._step_aside(str(error)) if replaceable else None
         if not replaceable:
             return None
-        self._prefill = self._plan_prefill(self._layout, inputs, drafts)
-        self._sparse = self._plan_sparse(self._layout, inputs, drafts)
+        self.plan_prompt(self._layout, inputs, drafts)
         use_cache = inputs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self._adapter.decoder.config, "use_cache", True)
@@ -280,8 +296,15 @@ class Run:
         parts = self.plan.cache is not None or self.plan.precision is not None
         needed = self._prefill is not None or parts or drops
         if _is_compact(cache) or (needed and (use_cache or cache is not None)):
-            self._cache = inputs["past_key_values"] = self._own_cache(cache, self._layout)
+            self._cache = own = inputs["past_key_values"] = self._own_cache(cache, self._layout)
+            later.start(self, own, inputs, self._layout, one_logit)
         return None
+
+    def plan_prompt(self, layout: BatchLayout, inputs: dict[str, Any], drafts: int) -> None:
+        """Treat the call as a prompt of this layout."""
+        self._prompt, self.kept, self._layout = True, {}, layout
+        self._prefill = self._plan_prefill(layout, inputs, drafts)
+        self._sparse = self._plan_sparse(layout, inputs, drafts)
 
     def _step_aside(self, reason: str) -> None:
         """Note that the plan does not apply, if there is anything that it would have done."""
@@ -339,6 +362,11 @@ class Run:
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         return SparsePrefill(part, layout, tokens.device, drafts)
 
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._call is None or self._cache is None:
+            return None
+        return self._call.enter(self, self._cache, module, args, kwargs)
+
     def _before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._prefill is None:
             return None
@@ -385,10 +413,13 @@ class Run:
             layer.remember_queries(query.transpose(1, 2), scale)
         return out, weights
 
-    def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
         try:
             if output is not None:  # None: the forward raised
                 self._finish(output)
+                if self._call is not None and self._call.anew is not None:
+                    return self._call.leave(output, self._prefill)
+            return None
         finally:
             self._forget()
 
@@ -408,6 +439,11 @@ class Run:
             cache.pack_prompt(
                 self._sparse.selections if self._sparse is not None else None, self._text_places()
             )
+        if self._call is not None:
+            if self._prompt:
+                drops = self._sparse is not None and self._sparse.part.unimportant == "drop"
+                self._call.transcript.dropped = self._prefill is not None or drops
+            self._stats.add_later(self._call.anew is not None, self._call.transcript.nbytes)
         self._stats.add_cache(cache if cache is not None else getattr(output, "past_key_values", None))
 
     def _text_places(self) -> list[list[list[int]]] | None:
@@ -428,7 +464,7 @@ class Run:
 
     def _forget(self) -> None:
         """Drop what belongs to one call of the model, also where the call before did not get to its end."""
-        self._prefill = self._sparse = self._layout = self._cache = None
+        self._prefill = self._sparse = self._layout = self._cache = self._call = None
         self._prompt = False
         observer, self._observer = self._observer, None
         if observer is not None:

@@ -74,10 +74,16 @@ class Statistics:
         self._sparse: list[tuple[int, list[int], torch.Tensor]] = []
         self._aside: Counter[str] = Counter()
         self.compactions = 0
+        self._reread = self._later_bytes = 0
         self.errors: list[str] = []
 
     def step_aside(self, reason: str) -> None:
         self._aside[reason] += 1
+
+    def add_later(self, anew: bool, nbytes: int) -> None:
+        """Count a call that had the conversation read anew, and say how many bytes are kept for the next."""
+        self._reread += anew
+        self._later_bytes = nbytes
 
     def add_time(self, phase: str, seconds: Callable[[], float]) -> None:
         """Add a call's time to a phase; on a GPU it is known once the device got there, so it is asked for last."""
@@ -159,6 +165,8 @@ class Statistics:
             kv_bytes_allocated=self._bytes[1],
             kv_bytes_full=self._bytes[2],
             kv_compression=self._bytes[2] / self._bytes[0] if self._bytes[0] else 1.0,
+            reread=self._reread,
+            later_bytes=self._later_bytes,
             seconds=dict(self._seconds),
             op_calls=dict(self._op_calls),
             op_seconds=dict(self._op_seconds),

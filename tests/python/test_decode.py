@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import lightvlm
@@ -26,10 +27,17 @@ COMPACTION: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+FORGOTTEN = "a later question was asked of a cache from which tokens were dropped (keep_for_later='drop')"
+
 
 def plan_of(name: str, reduce: bool = True) -> lightvlm.Plan:
     prefill = lightvlm_plan().prefill if reduce else None
     return lightvlm.Plan(prefill=prefill, cache=DecodeCompaction(**COMPACTION[name]))
+
+
+def forgetful(plan: lightvlm.Plan) -> lightvlm.Plan:
+    """The plan, under which later tokens find what is left; test_later.py has the others."""
+    return dataclasses.replace(plan, keep_for_later="drop")
 
 
 @pytest.mark.parametrize("reduce", [True, False], ids=["reduced", "whole"])
@@ -114,7 +122,7 @@ def test_batches_decode_as_their_rows_do(model: Any, family: Family, name: str) 
 @pytest.mark.parametrize("name", ["usual", "every-token"])
 def test_a_second_question(model: Any, family: Family, name: str) -> None:
     """Text on the cache of the first turn, through forward(); a padded batch."""
-    plan = plan_of(name)
+    plan = forgetful(plan_of(name))
     question = torch.tensor([[21, 22, 23], [24, 25, 26], [27, 28, 29], [30, 31, 32]])
     inputs = prompt(family, ROWS)
     with torch.no_grad(), lightvlm.attach(model, plan) as run:
@@ -133,11 +141,14 @@ def test_a_second_question(model: Any, family: Family, name: str) -> None:
             slow.extend({"input_ids": tokens}) for tokens in (question[b : b + 1], question[b : b + 1, :1])
         ]
         assert (torch.cat(found, dim=1)[b] - torch.cat(expected)).abs().max() <= limit
-    assert run.report().prefills == len(ROWS)
+    report = run.report()
+    assert report.prefills == len(ROWS)
+    assert report.stepped_aside == {FORGOTTEN: 1}
+    assert (report.reread, report.later_bytes) == (0, 0)
 
 
 def test_generate_goes_on_with_the_cache(model: Any, family: Family) -> None:
-    plan, row, more = plan_of("usual"), ROWS[2], torch.tensor([[40, 41, 42, 43]])
+    plan, row, more = forgetful(plan_of("usual")), ROWS[2], torch.tensor([[40, 41, 42, 43]])
     with lightvlm.attach(model, plan):
         out = model.generate(
             **family.batch([row]), max_new_tokens=5, do_sample=False, return_dict_in_generate=True
@@ -155,7 +166,7 @@ def test_generate_goes_on_with_the_cache(model: Any, family: Family) -> None:
 
 
 def test_a_new_image_on_a_filled_cache_is_not_reduced(llava: Any) -> None:
-    plan, row, turn = lightvlm_plan(), ROWS[0], [[7, Image(9), 8, 9]]
+    plan, row, turn = forgetful(lightvlm_plan()), ROWS[0], [[7, Image(9), 8, 9]]
     with torch.no_grad(), lightvlm.attach(llava, plan) as run:
         first = llava(**LLAVA.batch([row]))
         new = LLAVA.batch(turn)
@@ -171,7 +182,8 @@ def test_a_new_image_on_a_filled_cache_is_not_reduced(llava: Any) -> None:
     slow.read(LLAVA.batch([row]))
     expected = slow.extend(new)
     assert (more.logits[0] - expected).abs().max() <= 4 * noise(llava, LLAVA, [row]) + 1e-5
-    assert run.report().stepped_aside == {"an image arrived on a cache that already holds tokens": 1}
+    image = "an image arrived on a cache that already holds tokens; nothing was read anew"
+    assert run.report().stepped_aside == {FORGOTTEN: 1, image: 1}
 
 
 def test_padding_among_new_tokens_is_refused(model: Any, family: Family) -> None:

@@ -15,8 +15,8 @@ import lightvlm
 import pytest
 import torch
 from lightvlm.methods.decode_compaction import DecodeCompaction
-from python.test_prefill import OPTIONS, ROWS, lightvlm_plan
-from python.tiny import LLAVA, Family, generate
+from python.test_prefill import OPTIONS, ROWS, lightvlm_plan, prompt
+from python.tiny import LLAVA, Family, extend, generate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = (
@@ -61,8 +61,14 @@ class _Counter(TorchDispatchMode):
 
 
 @contextmanager
-def counted_reads(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Reads between the entry of the first decoder layer and the end of the base model's call, hooks included."""
+def counted_reads(
+    model: Any, monkeypatch: pytest.MonkeyPatch, hooks_only: bool = False
+) -> Iterator[list[str]]:
+    """Reads between the entry of the first decoder layer and the end of the base model's call, hooks included.
+
+    ``hooks_only``: instead, those of the hooks that attach put before the base model, while a cache is continued, and
+    before its decoder.
+    """
     found: list[str] = []
     open_: list[_Counter] = []
 
@@ -76,21 +82,36 @@ def counted_reads(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
 
         return counting
 
-    def enter(module: Any, args: Any) -> None:
+    def enter(module: Any, *_: Any) -> None:
         open_.append(_Counter(found))
         open_[0].__enter__()
 
-    def leave(module: Any, args: Any, output: Any) -> None:
-        open_.pop().__exit__(None, None, None)
+    def enter_filled(module: Any, args: Any, kwargs: Any) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            enter(module)
+
+    def leave(module: Any, *_: Any) -> None:
+        if open_:
+            open_.pop().__exit__(None, None, None)
 
     with monkeypatch.context() as patch:
         for name in READS:
             patch.setattr(torch.Tensor, name, watch(name))
         # ours come first at the layer and last at the model: registered before and after those of attach
-        handles = [
-            model.model.language_model.layers[0].register_forward_pre_hook(enter, prepend=True),
-            model.model.register_forward_hook(leave),
-        ]
+        base, decoder = model.model, model.model.language_model
+        if hooks_only:
+            handles = [
+                base.register_forward_pre_hook(enter_filled, prepend=True, with_kwargs=True),
+                base.register_forward_pre_hook(leave),
+                decoder.register_forward_pre_hook(enter, prepend=True),
+                decoder.register_forward_pre_hook(leave),
+            ]
+        else:
+            handles = [
+                decoder.layers[0].register_forward_pre_hook(enter, prepend=True),
+                base.register_forward_hook(leave),
+            ]
         try:
             yield found
         finally:
@@ -114,6 +135,43 @@ def test_no_reads_between_layers(
         generate(model, family.batch(ROWS), 10)
     assert run.report().compactions == 3
     assert found == []
+
+
+@pytest.mark.parametrize("keep", ["offload", "quantize"])
+def test_a_transcript_reads_nothing(
+    model: Any, family: Family, keep: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noting what is said at every token, with beams that change places, and putting it back when it is read anew."""
+    cache = DecodeCompaction(keep=0.2, interval=3, sinks=1, recent=4, rows=3)
+    plan = lightvlm.Plan(prefill=lightvlm_plan().prefill, cache=cache, keep_for_later=keep)  # type: ignore[arg-type]
+    with lightvlm.attach(model, plan) as run:
+        with counted_reads(model, monkeypatch, hooks_only=True) as found:
+            generate(model, family.batch(ROWS), 10, num_beams=2)
+        assert found == []
+        # whether there is padding among a question's tokens is asked once before it is read, so only here not counted
+        inputs = {"past_key_values": None, **prompt(family, ROWS)}
+        with torch.no_grad(), counted_reads(model, monkeypatch) as found:
+            out = model(**inputs)
+            question = torch.tensor([[21, 22], [23, 24], [25, 26], [27, 28]])
+            extend(family, model, inputs["attention_mask"], question, past_key_values=out.past_key_values)
+        assert found == []
+        assert run.report().reread == 1
+        assert run.report().later_bytes > 0
+
+
+def test_reads_of_the_hooks_are_counted(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightvlm.transcript import Transcript
+
+    add = Transcript.add
+
+    def reading(self: Any, ids: Any, *args: Any) -> None:
+        ids.sum().item()
+        add(self, ids, *args)
+
+    monkeypatch.setattr(Transcript, "add", reading)
+    with lightvlm.attach(llava, lightvlm_plan()), counted_reads(llava, monkeypatch, hooks_only=True) as found:
+        generate(llava, LLAVA.batch(ROWS[:1]), 3)
+    assert found.count("item") == 3
 
 
 def test_the_counter_counts(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,9 @@ PLANS = [
     ),
     lightvlm.Random(keep=0.1, layers=(0,), merge="uniform", seed=7),
     Plan(cache=DecodeCompaction(keep=0.9)),
+    Plan(keep_for_later="quantize"),
+    lightvlm.LightVLM(keep_for_later="drop"),
+    lightvlm.Random(keep_for_later="quantize"),
 ]
 
 
@@ -53,7 +56,7 @@ def test_json_round_trip(plan: Plan) -> None:
 
 def test_json_names_every_option() -> None:
     data = json.loads(lightvlm.LightVLM().to_json())
-    assert set(data) == {"schema_version", "prefill", "cache", "precision"}
+    assert set(data) == {"schema_version", "prefill", "cache", "precision", "keep_for_later"}
     assert data["prefill"]["kind"] == "lightvlm"
     assert set(data["prefill"]) == {"kind", *(field.name for field in dataclasses.fields(LightVLMPrefill))}
     assert data["cache"]["kind"] == "decode_compaction"
@@ -64,12 +67,17 @@ def test_missing_parts_and_options_take_their_defaults() -> None:
     assert Plan.from_json('{"schema_version": 1}') == Plan()
     plan = Plan.from_json('{"schema_version": 1, "prefill": {"kind": "random", "seed": 3}}')
     assert plan == lightvlm.Random(seed=3)
+    assert plan.keep_for_later == "offload"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "not JSON"),
+        (
+            '{"schema_version": 1, "keep_for_later": "all"}',
+            "keep_for_later must be one of 'offload', 'quantize', 'drop', got 'all'",
+        ),
         ("{", "not JSON"),
         ("[]", "must be a JSON object, got list"),
         ("null", "must be a JSON object"),
@@ -182,6 +190,8 @@ def test_parts_go_into_their_own_slot() -> None:
         Plan(prefill=DecodeCompaction())
     with pytest.raises(TypeError, match="cache must be None or a cache part, got RandomPrefill"):
         Plan(cache=RandomPrefill())
+    with pytest.raises(TypeError, match="keep_for_later must be str, got None"):
+        Plan(keep_for_later=None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="precision must be None or a precision part, got int"):
         Plan(precision=4)  # type: ignore[arg-type]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import lightvlm
@@ -124,7 +125,8 @@ def test_dropped_keys_are_gone(model: Any, family: Family) -> None:
     """Version 2: more tokens see what attended in the prompt, and nothing else of it; memory falls."""
     inputs = prompt(family, ROWS)
     question = torch.tensor([[21, 22], [24, 25], [27, 28], [30, 31]])
-    with torch.no_grad(), lightvlm.attach(model, plan(unimportant="drop")) as run:
+    forgetful = dataclasses.replace(plan(unimportant="drop"), keep_for_later="drop")
+    with torch.no_grad(), lightvlm.attach(model, forgetful) as run:
         out = model(**inputs)
         cache, mask = out.past_key_values, inputs["attention_mask"]
         found = []

@@ -15,7 +15,7 @@ import torch
 
 from lightvlm_ext import ops
 
-from ..plan import Plan, check_options, option, register_part
+from ..plan import KeepForLater, Plan, check_options, option, register_part
 from .base import PrefillPart, Probe, Reduced, Stage, StageInput, check_keep, pyramid_stages
 from .decode_compaction import DecodeCompaction
 
@@ -106,6 +106,7 @@ def LightVLM(
     decode_recent: int = 64,
     decode_score: Literal["mass", "queries"] = "mass",
     decode_rows: int = 16,
+    keep_for_later: KeepForLater = "offload",
     **options: object,
 ) -> Plan:
     """LightVLM's plan: image tokens merged in a pyramid at prefill, the KV cache compacted while decoding.
@@ -114,6 +115,7 @@ def LightVLM(
         keep: final tokens of each image over its original tokens, in (0, 1]; 1 keeps all.
         decode_keep: share of the sequence that the cache holds after each compaction; None: never compact.
         decode_interval, decode_sinks, decode_recent, decode_score, decode_rows: see :class:`DecodeCompaction`.
+        keep_for_later: see :class:`lightvlm.Plan`.
         options: see :class:`LightVLMPrefill`.
 
     Raises:
@@ -130,4 +132,4 @@ def LightVLM(
             score=decode_score,
             rows=decode_rows,
         )
-    return Plan(prefill=prefill, cache=cache)
+    return Plan(prefill=prefill, cache=cache, keep_for_later=keep_for_later)

@@ -10,7 +10,7 @@ import torch
 from lightvlm_ext import ops
 
 from ..host import upload
-from ..plan import Plan, check_options, option, register_part
+from ..plan import KeepForLater, Plan, check_options, option, register_part
 from .base import PrefillPart, Reduced, Stage, StageInput, check_keep, pyramid_stages
 from .lightvlm import default_layers
 
@@ -59,6 +59,10 @@ class RandomPrefill(PrefillPart):
 _MAX_IMAGE_TOKENS = 1 << 16
 
 
-def Random(keep: float = 0.35, **options: object) -> Plan:
-    """A plan that keeps random image tokens; options: see :class:`RandomPrefill`."""
-    return Plan(prefill=RandomPrefill(keep=keep, **options))  # type: ignore[arg-type]
+def Random(keep: float = 0.35, *, keep_for_later: KeepForLater = "offload", **options: object) -> Plan:
+    """A plan that keeps random image tokens; options: see :class:`RandomPrefill`, and ``keep_for_later``:
+    :class:`lightvlm.Plan`."""
+    return Plan(
+        prefill=RandomPrefill(keep=keep, **options),  # type: ignore[arg-type]
+        keep_for_later=keep_for_later,
+    )

@@ -22,7 +22,7 @@ import torch
 
 from lightvlm_ext import ops
 
-from ..plan import Plan, check_options, option, register_part
+from ..plan import KeepForLater, Plan, check_options, option, register_part
 from .base import AttentionPart, AttentionScores
 from .kv_precision import KVPrecision
 
@@ -78,6 +78,7 @@ def ZipVL(
     edge_bits: int | None = None,
     edge_layers: int = 1,
     keep_text: bool = False,
+    keep_for_later: KeepForLater = "offload",
     **options: object,
 ) -> Plan:
     """ZipVL's plan: only important tokens attend at prefill; the cache in 4 bits for them and 2 for the rest.
@@ -89,6 +90,7 @@ def ZipVL(
         bits, low_bits, sinks, recent, interval, edge_bits, edge_layers, keep_text: how the cache is stored, see
             :class:`~lightvlm.methods.KVPrecision`. The paper packs generated tokens by 100, and has no sinks; here
             they are packed by 128, as 64 tokens share their channels' scales.
+        keep_for_later: see :class:`lightvlm.Plan`.
         options: see :class:`ZipVLPrefill`.
 
     Raises:
@@ -106,4 +108,6 @@ def ZipVL(
         edge_layers=edge_layers,
         keep_text=keep_text,
     )
-    return Plan(prefill=prefill, precision=precision if unimportant == "keep" else None)
+    return Plan(
+        prefill=prefill, precision=precision if unimportant == "keep" else None, keep_for_later=keep_for_later
+    )
