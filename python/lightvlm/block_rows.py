@@ -94,6 +94,11 @@ class BlockRows:
         return self._on_device[:, : max(map(len, self.rows))]
 
     @property
+    def table_bytes(self) -> int:
+        """Bytes of the device's table."""
+        return self._on_device.nbytes if self._on_device is not None else 0
+
+    @property
     def stale(self) -> bool:
         """Whether the device's table has to be uploaded anew."""
         return self._on_device is None

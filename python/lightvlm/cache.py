@@ -27,7 +27,7 @@ from .cache_layer import SLACK, CompactLayer, check_rows
 from .methods.base import CachePart, PrecisionPart
 from .models.base import attention_kinds
 from .packed_eviction import evict_packed
-from .packing import move_rows, pack_generated, pack_prompt
+from .packing import check_storage, move_rows, pack_generated, pack_prompt
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class CompactCache(Cache):
 
     Raises:
         TypeError, ValueError: a config, plan or capacity of the wrong kind; a decoder with layers that are not
-            full attention.
+            full attention, or whose heads the plan's precision part cannot store; cache and precision parts that do
+            not go together.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class CompactCache(Cache):
         self.layers: list[CompactLayer]  # type: ignore[assignment]
         super().__init__(layers=[self._new_layer(capacity) for _ in range(text.num_hidden_layers)])
         self.heads = heads_of(text)
+        check_storage(plan, self.heads[1])
         self._has_own_plan = plan is not None
         self._set_plan(plan if plan is not None else Plan())
         self.run: weakref.ref[Run] | None = None
@@ -108,6 +110,8 @@ class CompactCache(Cache):
 
     def begin(self, run: Run, leftpad: list[int]) -> None:
         """Say that a prompt whose rows have that much padding will now be stored, on the model of ``run``."""
+        if self.layers[0].is_initialized:  # cropped until nothing was left
+            self.reset()
         if not self._has_own_plan:
             self._set_plan(run.plan)
         self.run = weakref.ref(run)
@@ -134,13 +138,16 @@ class CompactCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if layer_idx >= len(self.layers):
+            self._take_back(key_states.shape[2])
             raise ValueError(
                 f"layer {layer_idx} was asked of a cache for {len(self.layers)} layers: it belongs to another model"
             )
         layer = self.layers[layer_idx]
+        if layer_idx == 0:  # asked of all layers at the first, so that none has changed when it raises
+            for one in self.layers:
+                one.check_capacity(key_states.shape[2])
         if self.attached:
             return layer.update(key_states, value_states, *args, **kwargs)
-        # asked of all layers at the first, so that none has changed when it raises
         if not (self.complete if layer_idx == 0 else layer.complete):
             raise ValueError(
                 "this cache was shortened by a plan and only an attached model can read it; attach the plan again"
@@ -149,6 +156,13 @@ class CompactCache(Cache):
             self._before_step(key_states, value_states)
         stored = layer.update(key_states, value_states, *args, **kwargs)
         return stored if layer.packed is None else layer.unpacked(self.leftpad)
+
+    def _take_back(self, tokens: int) -> None:
+        """Remove what a model of more layers has just written, so that the cache is as it was before the call."""
+        if self.get_seq_length() > tokens:
+            self.crop(-tokens)
+        else:
+            self.reset()
 
     def _before_step(self, key_states: Tensor, value_states: Tensor) -> None:
         """What nobody else does for a cache on a model that is not attached: pack the steps before this one."""
@@ -167,9 +181,9 @@ class CompactCache(Cache):
 
     @property
     def attached(self) -> bool:
-        """Whether the run that filled this cache is still on its model."""
+        """Whether the call under way is one of an attached model; another model may use the cache in between."""
         run = self.run() if self.run is not None else None
-        return run is not None and run.attached
+        return run is not None and run.reads(self)
 
     @property
     def complete(self) -> bool:
@@ -194,9 +208,13 @@ class CompactCache(Cache):
         )
         if evicted and not policy.demotes and self.transcript is not None:
             self.transcript.dropped = True
-        chosen = [
-            (layer, policy.choose(layer, self.leftpad)) for layer in self.layers if layer.packed is None
+        # what will be packed later waits for it, where it may then be stored in fewer bits instead of being dropped
+        whole = [
+            layer
+            for layer in self.layers
+            if layer.packed is None and not (policy.demotes and layer.will_be_packed)
         ]
+        chosen = [(layer, policy.choose(layer, self.leftpad)) for layer in whole]
         moves = [(layer, choice) for layer, choice in chosen if choice is not None]
         if not moves:
             return evicted
@@ -260,20 +278,28 @@ class CompactCache(Cache):
             layer.shrink(SLACK)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens from every
-        layer, or raise a ValueError and change none."""
-        removed = min(layer.check_crop(tokens_to_remove) for layer in self.layers)
+        """Remove the last ``-tokens_to_remove`` tokens from every layer, or raise a ValueError and change none."""
+        # the layer that can remove fewest is asked first, since it is the one to name the limit
+        layers = sorted(self.layers, key=lambda layer: layer.tail)
+        removed = min(layer.check_crop(tokens_to_remove) for layer in layers)
         super().crop(removed)
         if self.transcript is not None:
             self.transcript.follow(self.get_seq_length())
         self.since_compaction = max(0, self.since_compaction + removed)
+        self.leftpad = [min(pad, self.get_seq_length()) for pad in self.leftpad]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows ``beam_idx`` (B',) of the batch, in that order."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of the batch ``repeats`` times."""
+        """Repeat every row of the batch ``repeats`` times.
+
+        Raises:
+            ValueError: repeats is below 1.
+        """
+        if repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {repeats}")
         if self.layers[0].is_initialized:
             self.batch_select_indices(torch.arange(self.layers[0].batch_size).repeat_interleave(repeats))
 
@@ -281,7 +307,7 @@ class CompactCache(Cache):
         """Take the rows ``indices`` (B',) of the batch, in that order.
 
         Raises:
-            ValueError: indices is not a vector of integers, or, on the CPU, names a row that is not there.
+            ValueError: indices is empty or not a vector of integers, or, on the CPU, names a row that is not there.
         """
         check_rows(indices, self.layers[0].batch_size)
         differ = len(set(self.leftpad)) > 1 or any(layer.rows_differ for layer in self.layers)
@@ -327,12 +353,12 @@ class CompactCache(Cache):
 
     @property
     def kv_bytes_used(self) -> int:
-        """Bytes of valid keys and values, all layers."""
+        """Bytes of valid keys and values, all layers; of packed ones with the scales that belong to them."""
         return sum(layer.bytes_used() for layer in self.layers)
 
     @property
     def kv_bytes_allocated(self) -> int:
-        """Bytes of the buffers, all layers."""
+        """Bytes of all tensors that the cache keeps alive: free room, attention received and remembered queries too."""
         return sum(layer.bytes_allocated() for layer in self.layers)
 
     @property

@@ -38,15 +38,14 @@ class CompactLayer(CacheLayerMixin):
         self.will_be_packed = False
         self.query_rows = 0
         self.wants_mass = False
-        self._mass = torch.empty(0)
         self.scale: float | None = None
-        self.key_storage = self.value_storage = torch.empty(0)
+        self.key_storage = self.value_storage = self._mass = torch.empty(0)
         self._clear()
 
     def _clear(self) -> None:
         self.is_initialized = False
         if self.capacity is None:  # a fixed buffer keeps its address
-            self.key_storage = self.value_storage = torch.empty(0)
+            self.key_storage = self.value_storage = self._mass = torch.empty(0)
         self.starts: list[int] = []
         self.ends: list[int] = []
         self.seen = 0
@@ -154,9 +153,7 @@ class CompactLayer(CacheLayerMixin):
 
     def check_room(self, key_states: Tensor, value_states: Tensor) -> None:
         """Raise a ValueError unless (B, Hkv, S, D) states fit what is stored, and the capacity."""
-        held, new = self.held, key_states.shape[2]
-        if self.capacity is not None and held + new > self.capacity:
-            raise ValueError(f"capacity of the cache is {self.capacity} tokens; this step needs {held + new}")
+        self.check_capacity(key_states.shape[2])
         if not self.is_initialized:
             return
         if key_states.shape[0] != len(self.ends):
@@ -175,6 +172,13 @@ class CompactLayer(CacheLayerMixin):
                     f"{name} has {found[0]} heads of {found[1]} channels in {states.dtype}, the cache {wanted[0]} of "
                     f"{wanted[1]} in {storage.dtype}: it belongs to another model"
                 )
+
+    def check_capacity(self, new: int) -> None:
+        """Raise a ValueError unless there may be so many more tokens."""
+        if self.capacity is not None and self.held + new > self.capacity:
+            raise ValueError(
+                f"capacity of the cache is {self.capacity} tokens; this step needs {self.held + new}"
+            )
 
     @property
     def held(self) -> int:
@@ -349,10 +353,11 @@ class CompactLayer(CacheLayerMixin):
         if not self.is_initialized or tokens_to_remove == 0:
             return
         self.ends = [end + tokens_to_remove for end in self.ends]
+        self.starts = [min(start, end) for start, end in zip(self.starts, self.ends, strict=True)]
         self.seen += tokens_to_remove
         self.tail += tokens_to_remove
         if self._queries:
-            self._queries = [self.recent_queries()[:, :tokens_to_remove]]
+            self._queries = [self.recent_queries()[:, :tokens_to_remove].clone()]
         self._bounds = None
         self._clear_mass()
 
@@ -362,8 +367,8 @@ class CompactLayer(CacheLayerMixin):
     @property
     def rows_differ(self) -> bool:
         """Whether the rows' keys stand at different places."""
-        counts = self.packed.counts if self.packed is not None else self.starts
-        return len(set(zip(self.starts, self.ends, counts, strict=True))) > 1
+        packed = self.packed.counts_by_segment if self.packed is not None else []
+        return len(set(zip(self.starts, self.ends, *packed, strict=True))) > 1
 
     def batch_select_indices(self, indices: Tensor, rows: list[int] | None = None) -> None:
         """Take the rows ``indices`` (B',) of the batch; ``rows``: the same on the host, where it is known."""
@@ -402,15 +407,13 @@ class CompactLayer(CacheLayerMixin):
     def bytes_used(self) -> int:
         """Bytes of the keys and values that are valid."""
         tokens = sum(self.ends) - sum(self.starts)
-        return tokens * self._bytes_per_token() + self._bytes_packed()
+        packed = self.packed.bytes_used if self.packed is not None else 0
+        return tokens * self._bytes_per_token() + packed
 
     def bytes_allocated(self) -> int:
-        """Bytes of the buffers."""
-        mass = self.mass.nbytes if self.mass is not None else 0
-        return self.key_storage.nbytes + self.value_storage.nbytes + mass + self._bytes_packed()
-
-    def _bytes_packed(self) -> int:
-        return self.packed.nbytes if self.packed is not None else 0
+        """Bytes of all tensors."""
+        own = [self.key_storage, self.value_storage, self._mass, *self._queries, *(self._bounds or ())]
+        return sum(tensor.nbytes for tensor in own) + (self.packed.nbytes if self.packed is not None else 0)
 
     def bytes_full(self) -> int:
         """Bytes that a cache holding every token seen would use."""
@@ -451,7 +454,9 @@ def check_rows(indices: Tensor, batch: int) -> None:
         raise ValueError(
             f"indices must be a vector of integers, got {indices.dtype} of shape {tuple(indices.shape)}"
         )
-    if indices.device.type == "cpu" and batch >= 0 and len(indices):
+    if not len(indices):
+        raise ValueError("indices must name at least one row, got none")
+    if indices.device.type == "cpu" and batch >= 0:
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= batch:
             raise ValueError(f"indices must be rows of the cache, 0 to {batch - 1}, got {low} to {high}")

@@ -1,9 +1,16 @@
 """Compaction of packed layers: tokens beyond the budget are dropped in place, or demoted to 2 bits.
 
 Tokens of the prompt share one block of channel scales and go one by one. Generated tokens share scales by 64, and go by
-whole blocks, by the mean of what their tokens received. Blocks are the same number in every row; where rows differ, the
-row that needs most decides. How many tokens of which segment stay is for the device to know: it is asked once, for all
-layers.
+whole blocks, by the mean of what their tokens received; a block stays where the budget has room for a part of it. Sinks
+and recent tokens of the precision part always stay, whatever the policy calls its own. What is demoted goes in whole
+blocks, too, those tokens of the prompt first that received least, and then no longer counts towards the budget.
+
+Blocks are the same number in every row, and so are tokens of the prompt that are demoted. Where rows differ, the row
+that keeps most decides for all, so that a row may keep more than it would alone. So may a row that alone is too short
+to be packed, as its layer is packed with the others' and its buffer counts as recent. These are the cases in which a
+batch is not the same as one by one. Tokens of the prompt that are dropped are each row's own affair.
+
+How many tokens of which segment stay is for the device to know: it is asked once, for all layers.
 """
 
 from __future__ import annotations
@@ -36,19 +43,22 @@ def evict_packed(layers: Sequence[CompactLayer], policy: CachePart, leftpad: lis
     choices = [choice for layer in layers if (choice := _choose(layer, policy, leftpad)) is not None]
     asked = [count for choice in choices for count in choice.counts]
     answers = iter(torch.stack(asked).tolist() if asked else [])
-    moves = _Moves()
+    moves, evicted = _Moves(), False
     for choice in choices:
-        store = choice.layer.packed
+        store, demotes = choice.layer.packed, policy.demotes
         assert store is not None
-        for prompt, kept, _ in choice.prompts:
-            _take_out_tokens(store, prompt, kept, next(answers), policy.demotes, moves)
-        for storage, _, _ in choice.blocks:
-            _take_out_blocks(store, storage, max(next(answers)), policy.demotes, moves)
-        store.in_order = False
-        choice.layer.dropped = choice.layer.dropped or not policy.demotes
-        choice.layer.ragged = True
+        lost = [
+            _take_out_tokens(store, one, kept, next(answers), demotes, moves)
+            for one, kept, _ in choice.prompts
+        ]
+        lost += [
+            _take_out_blocks(store, one, max(next(answers)), demotes, moves) for one, _, _ in choice.blocks
+        ]
+        if any(lost):
+            evicted, store.in_order = True, False
+            choice.layer.dropped = choice.layer.dropped or not demotes
     moves.run()
-    return bool(choices)
+    return evicted
 
 
 @dataclass
@@ -75,10 +85,8 @@ def _choose(layer: CompactLayer, policy: CachePart, leftpad: list[int]) -> _Choi
     ]
     held = [sum(counts) for counts in zip(*(one.counts for one in prompts), strict=True)] or [0] * store.batch
     held = [count + sum(one.used for one in grown) for count in held]
-    taken = [
-        count + end - start - packed
-        for count, start, end, packed in zip(store.counts, layer.starts, layer.ends, held, strict=True)
-    ]
+    sinks = store.sink_counts or [0] * store.batch
+    taken = [sink + end - start for sink, start, end in zip(sinks, layer.starts, layer.ends, strict=True)]
     free = [
         max(0, policy.budget(layer.seen - pad) - others)
         for pad, others in zip(leftpad or [0] * store.batch, taken, strict=True)
@@ -148,21 +156,23 @@ class _Moves:
 
 def _take_out_tokens(
     store: PackedStore, prompt: PromptKV, kept: Tensor, counts: list[int], demotes: bool, moves: _Moves
-) -> None:
-    """Leave the kept tokens of a segment of the prompt; what is demoted comes in whole blocks, the least first."""
+) -> bool:
+    """Leave the kept tokens of a segment of the prompt; what is demoted comes in whole blocks, the least first.
+
+    Returns whether there was anything to take out."""
     packed = prompt.packed
     assert packed.lens is not None
     if demotes:
         gone = min(had - stay for had, stay in zip(prompt.counts, counts, strict=True)) // BLOCK * BLOCK
         if gone == 0:
-            return
+            return False
         assert prompt.mass is not None
         valid = torch.arange(packed.tokens, device=kept.device) < packed.lens[:, None]
         least = ops.select(-prompt.mass.mean(dim=1), keep=gone, candidates=valid, capacity=gone)
         _demote(store, _rows(packed, least.index, None), prompt.mass, least.index)
         kept, counts = valid & (least.inverse < 0), [count - gone for count in prompt.counts]
     if counts == prompt.counts:
-        return
+        return False
     stay = ops.select(
         torch.zeros(kept.shape, device=kept.device),
         keep=packed.tokens,
@@ -172,17 +182,18 @@ def _take_out_tokens(
     moves.add((packed.key_codes, packed.value_codes), _by_token(packed, prompt.mass), stay.index, stay.count)
     packed.lens.copy_(stay.count)
     prompt.counts = counts
+    return True
 
 
 def _take_out_blocks(
     store: PackedStore, storage: GrowingKV, blocks: int, demotes: bool, moves: _Moves
-) -> None:
-    """Leave so many blocks of generated tokens, those that received most."""
+) -> bool:
+    """Leave so many blocks of generated tokens, those that received most; whether these are not all."""
     packed, means = storage.packed, _block_means(storage)
     assert packed is not None
     batch, total = means.shape
     if blocks == total:
-        return
+        return False
     stay = ops.select(means, keep=blocks, capacity=max(blocks, 1))
     if demotes:
         assert storage.mass is not None
@@ -195,6 +206,7 @@ def _take_out_blocks(
         moves.add((packed.key_codes, packed.value_codes), _by_token(packed, storage.mass), tokens, count)
         moves.add((packed.key_scale, packed.key_zero), [packed.value_channel], stay.index, stay.count)
     moves.lengths.append((storage, blocks * BLOCK))
+    return True
 
 
 def _by_token(packed: PackedKV, mass: Tensor | None) -> list[Tensor]:

@@ -54,10 +54,14 @@ class PackedStore:
     @property
     def counts(self) -> list[int]:
         """Tokens of each row, sinks included."""
-        total = [sum(one.used for one in self.generated.values())] * self.batch
-        for part in [self.sink_counts, *(one.counts for one in self.prompt)]:
-            total = [a + b for a, b in zip(total, part, strict=True)] if part else total
-        return total
+        grown = sum(one.used for one in self.generated.values())
+        return [grown + sum(row) for row in zip(*self.counts_by_segment, strict=True)] or [grown] * self.batch
+
+    @property
+    def counts_by_segment(self) -> list[list[int]]:
+        """Tokens of each row in the segments in which rows may differ."""
+        sinks = [self.sink_counts] if self.sinks is not None else []
+        return [*sinks, *(one.counts for one in self.prompt)]
 
     def append(
         self, key: Tensor, value: Tensor, bits: int, mass: Tensor | None = None, room: int = 0
@@ -82,6 +86,22 @@ class PackedStore:
         first: list[Tensor | None] = [None] if self.sinks is not None else []
         first += [one.mass for one in self.prompt]
         return [*first, *(one.mass for one in self.generated.values() if one.packed is not None)]
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of the tokens that there are, with the channel scales of their blocks."""
+        used = 0
+        if self.sinks is not None:
+            heads = self.sinks.key.shape[2]
+            used += sum(self.sink_counts) * heads * _row_bytes(self.sinks.key, self.sinks.value)
+        for one in self.prompt:
+            blocks = sum(count > 0 for count in one.counts)  # one holds all that a row has
+            used += _bytes_of_packed(one.packed, sum(one.counts), blocks)
+        for storage in self.generated.values():
+            if storage.packed is not None:
+                tokens = self.batch * storage.used
+                used += _bytes_of_packed(storage.packed, tokens, tokens // BLOCK)
+        return used
 
     @property
     def nbytes(self) -> int:
@@ -191,6 +211,19 @@ def _with_room(packed: PackedKV, used: int, tokens: int) -> PackedKV:
         changed[name] = old.new_zeros(*old.shape[:2], room, old.shape[3])
         changed[name][:, :, :kept] = old[:, :, :kept]
     return dataclasses.replace(packed, **changed)
+
+
+def _bytes_of_packed(packed: PackedKV, tokens: int, blocks: int) -> int:
+    """Bytes of so many tokens, of all rows together, and of the channel scales of so many blocks."""
+    heads = packed.key_codes.shape[1]
+    by_token = _row_bytes(packed.key_codes, packed.value_codes, packed.value_token)
+    by_block = _row_bytes(packed.key_scale, packed.key_zero, packed.value_channel)
+    return heads * (tokens * by_token + blocks * by_block)
+
+
+def _row_bytes(*tensors: Tensor) -> int:
+    """Bytes of a row of the last dimension of each, together."""
+    return sum(one.shape[-1] * one.element_size() for one in tensors)
 
 
 def _tensors(segment: KVSegment | PackedKV) -> Iterator[Tensor]:

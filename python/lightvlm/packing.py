@@ -1,4 +1,8 @@
-"""When tokens of a cache leave its 16-bit buffers: the prompt once it is read, generated tokens as they become old."""
+"""When tokens of a cache leave its 16-bit buffers: the prompt once it is read, generated tokens as they become old.
+
+The rows of a batch are packed together: a layer once one of them is long enough, generated tokens once each row has
+enough of them behind its sinks.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,14 @@ import torch
 from torch import Tensor
 
 from lightvlm_ext import ops
+from lightvlm_ext._kv import PACKED_HEAD_DIMS
 from lightvlm_ext.ops import KVSegment, Selection
 
 from .cache_layer import CompactLayer
 from .host import upload
-from .methods.base import PrecisionPart
+from .methods.base import CachePart, PrecisionPart
 from .packed_store import BLOCK, PackedStore, PromptKV
+from .plan import Plan
 
 _SLACK = 16
 """Rows of a buffer beyond those that wait to be packed: tokens that assisted decoding adds at once."""
@@ -31,6 +37,33 @@ class _Group:
     index: Tensor
     count: Tensor
     on_host: list[int] | None = None
+
+
+def check_storage(plan: Plan | None, head_width: int) -> None:
+    """Raise a ValueError unless a cache of heads of that width can be stored as the plan says."""
+    cache, part = (plan.cache, plan.precision) if plan is not None else (None, None)
+    if isinstance(cache, CachePart) and cache.demotes and part is None:
+        raise ValueError(
+            "plan.cache demotes tokens (others='demote'), which needs a precision part that packs them"
+        )
+    if part is None:
+        return
+    if not isinstance(part, PrecisionPart):
+        raise ValueError(f"plan.precision is a {type(part).__name__}, which this version does not know")
+    if isinstance(cache, CachePart):
+        if not cache.wants_mass:
+            raise ValueError(
+                "plan.cache must score by the attention added up while decoding (score='mass') where plan.precision "
+                "packs the cache: packed keys are not scored anew"
+            )
+        if type(cache).budget is CachePart.budget:
+            raise ValueError(
+                f"plan.cache, a {type(cache).__name__}, has no budget, which plan.precision needs"
+            )
+    if head_width not in PACKED_HEAD_DIMS:
+        raise ValueError(
+            f"model has heads of {head_width} channels; a packed cache needs {', '.join(map(str, PACKED_HEAD_DIMS))}"
+        )
 
 
 def pack_prompt(
@@ -126,14 +159,14 @@ def _pack_layer(
     if any(kept):
         index, count = _listed(kept, device)
         store.sinks, store.sink_counts = (
-            KVSegment(*_take(layer, index, count), lens=count),
+            KVSegment(*_take(layer, index, count), lens=count.clone()),
             list(map(len, kept)),
         )
     for group, found in zip(groups, counts, strict=True):
         if max(found) > 0:
             places = group.index[:, : max(found)]
             key, value = _take(layer, places, group.count)
-            packed = ops.quantize_kv(key, value, bits=group.bits, lens=group.count)
+            packed = ops.quantize_kv(key, value, bits=group.bits, lens=group.count.clone())
             store.prompt.append(PromptKV(packed, found, _take_mass(layer, places, group.count)))
     store.in_order = len(store.prompt) <= 1 and max(map(len, kept), default=0) <= part.sinks
     index, count = _places([end - last for (_, end), last in zip(spans, recent, strict=True)], recent, device)

@@ -199,8 +199,10 @@ class PagedLayer(CompactLayer):
         if self.seen + tokens_to_remove <= 0:
             self._clear()
             return
+        starts = self.starts
         super().crop(tokens_to_remove)
-        self.ends = [max(start, end) for start, end in zip(self.starts, self.ends, strict=True)]
+        self.starts = starts
+        self.ends = [max(start, end) for start, end in zip(starts, self.ends, strict=True)]
         self._bounds = self._slots = None
         self.blocks.keep(self.ends)
 
@@ -234,6 +236,9 @@ class PagedLayer(CompactLayer):
                 self.mass = self.mass[:, :, : self.blocks.room + slack].clone()
 
     def bytes_allocated(self) -> int:
-        """Bytes of the pages, one that rows share counted once, and of the mass."""
-        mass = self.mass.nbytes if self.mass is not None else 0
-        return len(set(self.blocks.ids)) * self.pages.page_bytes + mass
+        """Bytes of the pages, one that rows share counted once, and of all other tensors."""
+        tensors = [*self._queries, *(self._bounds or ())]
+        if self.mass is not None:
+            tensors.append(self.mass)
+        others = sum(tensor.nbytes for tensor in tensors) + self.blocks.table_bytes
+        return len(set(self.blocks.ids)) * self.pages.page_bytes + others

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightvlm_ext._kv import PACKED_HEAD_DIMS
-
 from . import attention_hook, later
 from .flops import head_width
 from .layout import BatchLayout, LayoutError, RowLayout, read_layout
-from .methods.base import AttentionPart, CachePart, PrecisionPart, PrefillPart
+from .methods.base import AttentionPart, PrecisionPart, PrefillPart
 from .models import find_adapter
 from .models.base import Adapter
+from .packing import check_storage
 from .plan import Plan
 from .report import Report
 from .session import Prefill
@@ -83,31 +82,14 @@ def attach(model: nn.Module, plan: Plan, *, trace: bool = False) -> Run:
 def _check_precision(plan: Plan, adapter: Adapter) -> None:
     """Refuse a plan whose precision part does not fit the model or the other parts."""
     part = plan.precision
-    if part is None:
-        return
-    if not isinstance(part, PrecisionPart):
-        raise ValueError(f"plan.precision is a {type(part).__name__}, which this version does not know")
-    if isinstance(plan.cache, CachePart):
-        if not plan.cache.wants_mass:
+    if isinstance(part, PrecisionPart) and part.separates:
+        if not isinstance(plan.prefill, AttentionPart):
             raise ValueError(
-                "plan.cache must score by the attention added up while decoding (score='mass') where plan.precision "
-                "packs the cache: packed keys are not scored anew"
+                "plan.precision has low_bits, which needs a prefill part that says what is important (zipvl)"
             )
-        if type(plan.cache).budget is CachePart.budget:
-            raise ValueError(
-                f"plan.cache, a {type(plan.cache).__name__}, has no budget, which plan.precision needs"
-            )
-    if part.separates and not isinstance(plan.prefill, AttentionPart):
-        raise ValueError(
-            "plan.precision has low_bits, which needs a prefill part that says what is important (zipvl)"
-        )
-    if isinstance(plan.prefill, AttentionPart) and plan.prefill.unimportant == "drop" and part.separates:
-        raise ValueError("plan.precision has low_bits, but plan.prefill drops the tokens they are for")
-    width = head_width(adapter)
-    if width not in PACKED_HEAD_DIMS:
-        raise ValueError(
-            f"model has heads of {width} channels; a packed cache needs {', '.join(map(str, PACKED_HEAD_DIMS))}"
-        )
+        if plan.prefill.unimportant == "drop":
+            raise ValueError("plan.precision has low_bits, but plan.prefill drops the tokens they are for")
+    check_storage(plan, head_width(adapter))
 
 
 class Run:
@@ -183,6 +165,10 @@ class Run:
     def attached(self) -> bool:
         """Whether the plan is on the model."""
         return bool(self._handles)
+
+    def reads(self, cache: CompactCache) -> bool:
+        """Whether the model is being called with this cache right now."""
+        return self._cache is cache
 
     def report(self) -> Report:
         """What happened since attach (see :class:`lightvlm.report.Report`)."""

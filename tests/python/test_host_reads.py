@@ -1,7 +1,7 @@
 """One host read per prompt, none per layer or token: between the first layer and the last, nobody asks the device.
 
 On a CPU a read costs nothing, so it is counted instead: what would be a read of a device tensor on a GPU. The ops'
-own checks of values are left out; they happen on CPU tensors alone.
+own checks of values are left out, and sparse attention row by row; they happen on CPU tensors alone.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import lightvlm
 import pytest
 import torch
 from lightvlm.methods.decode_compaction import DecodeCompaction
+from lightvlm.methods.kv_precision import KVPrecision
+from python.test_precision import LONG, ZIPVL
 from python.test_prefill import OPTIONS, ROWS, lightvlm_plan, prompt
-from python.tiny import LLAVA, Family, extend, generate
+from python.tiny import DEPTH, LLAVA, Family, extend, generate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = (
@@ -34,10 +36,10 @@ DISPATCHED = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "
 
 
 def in_ops() -> bool:
-    """Whether the caller is an op or its reference."""
+    """Whether the caller is an op or its reference, or what stands for a kernel on a CPU."""
     frame: Any = sys._getframe(2)
     while frame is not None:
-        if "lightvlm_ext" in frame.f_code.co_filename:
+        if "lightvlm_ext" in frame.f_code.co_filename or frame.f_code.co_name == "_row_by_row":
             return True
         frame = frame.f_back
     return False
@@ -172,6 +174,45 @@ def test_reads_of_the_hooks_are_counted(llava: Any, monkeypatch: pytest.MonkeyPa
     with lightvlm.attach(llava, lightvlm_plan()), counted_reads(llava, monkeypatch, hooks_only=True) as found:
         generate(llava, LLAVA.batch(ROWS[:1]), 3)
     assert found.count("item") == 3
+
+
+@pytest.fixture(scope="module")
+def wide() -> Any:
+    """Heads of 32 channels, which a packed cache needs."""
+    return LLAVA.build(head_dim=32)
+
+
+PACKED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, int]] = {
+    # of the precision part, of the cache part, reads in 140 tokens
+    "mass": ({}, {"keep": 0.3, "interval": 70}, 0),
+    "packed": ({"interval": 64}, None, 0),
+    # the prompt, whose important tokens the device counts, and 128 generated ones
+    "low-bits": ({"interval": 128, "low_bits": 2}, None, 2),
+    # two compactions, each of all layers and segments together
+    "drop": ({"interval": 64}, {"limit": 8, "interval": 70}, 2),
+    "demote": ({"interval": 64}, {"limit": 8, "interval": 70, "others": "demote"}, 2),
+    "edges": ({"interval": 64, "edge_bits": 16}, {"limit": 8, "interval": 70}, 2),
+    "low-bits-drop": ({"interval": 128, "low_bits": 2}, {"limit": 8, "interval": 70}, 4),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_reads_of_a_packed_cache(wide: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for all layers where the device alone knows how many tokens get which bits, or stay; none otherwise."""
+    stored, kept, reads = PACKED[name]
+    always = {"sinks": 2, "recent": 6}
+    plan = lightvlm.Plan(
+        prefill=ZIPVL if "low_bits" in stored else None,
+        cache=None if kept is None else DecodeCompaction(**always, **kept),
+        precision=KVPrecision(4, **always, **stored) if stored else None,
+    )
+    with lightvlm.attach(wide, plan) as run, counted_reads(wide, monkeypatch) as found:
+        generate(wide, LLAVA.batch(LONG), 141)
+    assert found == ["tolist"] * reads
+    assert run.report().compactions == (0 if kept is None else 2)
+    if stored:
+        # once for the prompt of each packed layer, once for its generated tokens and bits
+        assert run.report().op_calls["quantize_kv"] >= 2 * (DEPTH - 2)
 
 
 def test_the_counter_counts(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,9 +39,10 @@ CONFIG = LlamaConfig(
 
 
 class FakeRun:
-    """An attached model, as far as a cache asks for one."""
+    """An attached model that is being called, as far as a cache asks for one."""
 
-    attached = True
+    def reads(self, cache: PagedCompactCache) -> bool:
+        return True
 
 
 class Mirror:

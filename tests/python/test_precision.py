@@ -11,6 +11,7 @@ import torch
 from lightvlm.methods.kv_precision import KVPrecision
 from lightvlm.methods.zipvl import ZipVLPrefill
 from python.slow import SlowDecoder
+from python.stored import bytes_alive
 from python.test_prefill import ROWS, lightvlm_plan, noise, prompt, slow_options
 from python.test_sparse_attention import SlowZipVL
 from python.tiny import DEPTH, LLAVA, Image, extend, generate
@@ -80,8 +81,7 @@ def test_a_prompt_is_packed_between_sinks_and_recent_tokens(model: Any, bits: in
             assert ((key[:, 2 : tokens - 6] - middle).abs() <= step[:, None] / 2 + 1e-4).all()
     report = run.report()
     assert report.kv_bytes_used < report.kv_bytes_full
-    buffers = sum(layer.key_storage.nbytes + layer.value_storage.nbytes for layer in cache.layers)
-    assert report.kv_bytes_allocated == buffers + sum(layer.packed.nbytes for layer in cache.layers)
+    assert report.kv_bytes_allocated == bytes_alive(cache)
     assert report.op_calls["quantize_kv"] == DEPTH
 
 

@@ -52,6 +52,11 @@ class DecodeCompaction(CachePart):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_options(self)
+        always = self.sinks + self.recent
+        if self.limit is not None and self.limit < always:
+            raise ValueError(
+                f"limit must be at least sinks + recent, {always} tokens that always stay, got {self.limit}"
+            )
 
     def budget(self, logical: int) -> int:
         """Tokens of a row that may stay when ``logical`` tokens have been seen."""
