@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .decode_loop import generate
     from .kl import Divergence, divergence
     from .methods import KVPrecision, LightVLM, Random, ZipVL, method, method_names
+    from .paged_cache import PagedCompactCache
+    from .pages import KVPages
     from .plan import Plan
     from .report import Report
     from .runtime import Run, attach
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
 __all__ = [
     "CompactCache",
     "Divergence",
+    "KVPages",
     "KVPrecision",
     "LightVLM",
+    "PagedCompactCache",
     "Plan",
     "Random",
     "Report",
@@ -44,8 +48,10 @@ __all__ = [
 _HOME = {
     "CompactCache": "cache",
     "Divergence": "kl",
+    "KVPages": "pages",
     "KVPrecision": "methods",
     "LightVLM": "methods",
+    "PagedCompactCache": "paged_cache",
     "Plan": "plan",
     "Random": "methods",
     "Report": "report",

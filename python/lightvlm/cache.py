@@ -74,8 +74,8 @@ class CompactCache(Cache):
         if other:
             raise ValueError(f"config has layers that are not full attention: {', '.join(sorted(other))}")
         self.layers: list[CompactLayer]  # type: ignore[assignment]
-        super().__init__(layers=[CompactLayer(capacity) for _ in range(text.num_hidden_layers)])
-        self.heads = _heads_of(text)
+        super().__init__(layers=[self._new_layer(capacity) for _ in range(text.num_hidden_layers)])
+        self.heads = heads_of(text)
         check_storage(plan, self.heads[1])
         self._has_own_plan = plan is not None
         self._set_plan(plan if plan is not None else Plan())
@@ -84,6 +84,9 @@ class CompactCache(Cache):
         self.leftpad: list[int] = []
         self.since_compaction = 0
         self._unread = True
+
+    def _new_layer(self, capacity: int | None) -> CompactLayer:
+        return CompactLayer(capacity)
 
     def _set_plan(self, plan: Plan) -> None:
         self.plan = plan
@@ -101,7 +104,7 @@ class CompactCache(Cache):
     def check_model(self, config: PretrainedConfig) -> None:
         """Raise a ValueError unless this cache is one for such a decoder."""
         found = (len(self.layers), *self.heads)
-        wanted = (config.num_hidden_layers, *_heads_of(config))
+        wanted = (config.num_hidden_layers, *heads_of(config))
         if found != wanted:
             raise ValueError(f"past_key_values is {of_another_model(found, wanted)}")
 
@@ -197,8 +200,7 @@ class CompactCache(Cache):
             return False
         assert isinstance(policy, CachePart)
         self.since_compaction += new_tokens
-        full = any(layer.capacity is not None and layer.held >= layer.capacity for layer in self.layers)
-        if self.since_compaction < policy.interval and not full:
+        if self.since_compaction < policy.interval and not self._full:
             return False
         self.since_compaction = 0
         evicted = evict_packed(
@@ -216,7 +218,7 @@ class CompactCache(Cache):
         moves = [(layer, choice) for layer, choice in chosen if choice is not None]
         if not moves:
             return evicted
-        move_rows(
+        self._move(
             [layer for layer, _ in moves],
             [choice[0] for _, choice in moves],
             [choice[1] for _, choice in moves],
@@ -227,6 +229,22 @@ class CompactCache(Cache):
         if self.transcript is not None:
             self.transcript.dropped = True
         return True
+
+    @property
+    def _full(self) -> bool:
+        """Whether the next token finds no room."""
+        return any(layer.capacity is not None and layer.held >= layer.capacity for layer in self.layers)
+
+    def lacks_room(self, tokens: int) -> str | None:
+        """Why a conversation of so many tokens a row cannot be read anew in the place of what is stored, or None."""
+        capacity = self.layers[0].capacity
+        if capacity is not None and capacity < tokens:
+            return f"the cache's capacity ({capacity}) is too small to read the conversation anew"
+        return None
+
+    def _move(self, layers: Sequence[CompactLayer], index: list[Tensor], count: list[Tensor]) -> None:
+        """Move the tokens that stay, and what they received, to the front of these layers' rows."""
+        move_rows(layers, index, count)
 
     def pack_prompt(
         self, selections: dict[int, Selection] | None, text: Sequence[list[list[int]]] | None = None
@@ -250,7 +268,7 @@ class CompactCache(Cache):
             tail: so many of the last tokens are among them.
         """
         layers = [self.layers[index] for index in selections]
-        move_rows(
+        self._move(
             layers, [one.index for one in selections.values()], [one.count for one in selections.values()]
         )
         counts = torch.stack([one.count for one in selections.values()]).tolist()
@@ -349,7 +367,7 @@ class CompactCache(Cache):
         return sum(layer.bytes_full() for layer in self.layers)
 
 
-def _heads_of(config: Any) -> tuple[int, int]:
+def heads_of(config: Any) -> tuple[int, int]:
     """Key/value heads of a decoder, and their width."""
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -38,7 +38,9 @@ def save_cache(cache: CompactCache, path: str | Path) -> None:
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
-    layers = [_save_layer(layer, f"{index}.", tensors) for index, layer in enumerate(cache.layers)]
+    layers = [
+        _save_layer(layer.in_buffer(), f"{index}.", tensors) for index, layer in enumerate(cache.layers)
+    ]
     about = {
         "format": FORMAT,
         "plan": cache.plan.to_json(),

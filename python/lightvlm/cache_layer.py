@@ -154,6 +154,10 @@ class CompactLayer(CacheLayerMixin):
             setattr(self, name, saved)
         self._bounds = None
 
+    def in_buffer(self) -> CompactLayer:
+        """The layer, or one that holds the same in a buffer."""
+        return self
+
     def check_room(self, key_states: Tensor, value_states: Tensor) -> None:
         """Raise a ValueError unless (B, Hkv, S, D) states fit what is stored, and the capacity."""
         self.check_capacity(key_states.shape[2])
@@ -161,6 +165,10 @@ class CompactLayer(CacheLayerMixin):
             return
         if key_states.shape[0] != len(self.ends):
             raise ValueError(f"key_states has {key_states.shape[0]} rows, the cache has {len(self.ends)}")
+        self._check_kind(key_states, value_states)
+
+    def _check_kind(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Raise a ValueError unless states have the heads and the dtype of the storage."""
         for name, states, storage in (
             ("key_states", key_states, self.key_storage),
             ("value_states", value_states, self.value_storage),

@@ -165,9 +165,7 @@ def resume(run: Run, cache: CompactCache, inputs: dict[str, Any], drafts: int, o
         if kinds is not None:
             said.add_kinds(kinds)
         return False
-    obstacle, capacity = said.obstacle, cache.layers[0].capacity
-    if obstacle is None and capacity is not None and capacity < said.length + new:
-        obstacle = f"the cache's capacity ({capacity}) is too small to read the conversation anew"
+    obstacle = said.obstacle if said.obstacle is not None else cache.lacks_room(said.length + new)
     if obstacle is not None:
         run._stats.step_aside(obstacle)
         return False

@@ -142,7 +142,7 @@ class Statistics:
         del self._sparse[:number]
 
     def add_cache(self, cache: Any) -> None:
-        if type(cache).__name__ == "CompactCache":
+        if type(cache).__name__ in ("CompactCache", "PagedCompactCache"):
             self._bytes = (cache.kv_bytes_used, cache.kv_bytes_allocated, cache.kv_bytes_full)
         elif type(cache).__name__ == "DynamicCache":
             stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -98,3 +98,17 @@ def test_adding_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(together, torch.stack(alone))
     assert not torch.equal(together, full)
     assert run.report().stepped_aside == {}
+
+
+def test_a_paged_cache(llava: Any) -> None:
+    """Two requests in turn are answered as they would be alone, and leave no page behind."""
+    requests = [LLAVA.batch([row]) for row in (ROWS[0], ROWS[2])]
+    plan = lightvlm.LightVLM(
+        keep=0.3, min_image_tokens=0, decode_keep=0.3, decode_interval=3, decode_recent=6, decode_sinks=1
+    )
+    pages = lightvlm.KVPages(llava.config, pages=40, page_size=16)
+    found = example("paged-cache.md")["in_turn"](llava, requests, plan, pages, 24)
+    assert pages.available == 40
+    with lightvlm.attach(llava, plan):
+        for request, tokens in zip(requests, found, strict=True):
+            assert torch.equal(generate(llava, request, 24), tokens)

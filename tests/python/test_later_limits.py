@@ -9,13 +9,15 @@ from typing import Any
 import lightvlm
 import pytest
 import torch
-from lightvlm import CompactCache
+from lightvlm import CompactCache, KVPages, PagedCompactCache
 from lightvlm.methods import KVPrecision
 from lightvlm.methods.decode_compaction import DecodeCompaction
 from python.talk import ANSWER, PLANS, QUESTION, ZIPVL, Conversation, check
 from python.test_decode import plan_of
 from python.test_prefill import ROWS, lightvlm_plan, noise, prompt
 from python.tiny import DEPTH, LLAVA, QWEN, Family, Image, extend
+
+from lightvlm_ext import OutOfPages
 
 
 def test_inputs_that_a_transcript_does_not_hold(llava: Any) -> None:
@@ -50,6 +52,43 @@ def test_a_capacity_that_is_too_small_steps_aside(llava: Any) -> None:
         assert talk.say(QUESTION[:1]).logits.isfinite().all()
     reason = "the cache's capacity (22) is too small to read the conversation anew"
     assert run.report().stepped_aside == {reason: 1}
+    assert run.report().reread == 0
+
+
+@pytest.mark.parametrize("plan", ["reduced", "compacted"])
+def test_a_cache_in_pages(model: Any, family: Family, plan: str) -> None:
+    """Read anew in the pages that it has; a fork and taken rows ask on their own."""
+    limit = 4 * noise(model, family, ROWS) + 1e-5
+    pages = KVPages(model.config, pages=400, page_size=16)
+    with torch.no_grad(), lightvlm.attach(model, PLANS[plan]) as run:
+        talk = Conversation(model, family, ROWS)
+        talk.read(past_key_values=PagedCompactCache(model.config, pages=pages))
+        talk.answer(ANSWER)
+        other = talk.fork()
+        talk.cache.reorder_cache(torch.arange(len(ROWS)))
+        check(talk, QUESTION, ANSWER, limit)
+        check(other, QUESTION.flip(1), ANSWER, limit)
+    assert run.report().reread == 2
+    assert run.report().stepped_aside == {}
+
+
+def test_too_few_pages_step_aside(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compacted, the conversation fits; as a whole it would not, not even in the pages that it has."""
+    with torch.no_grad(), lightvlm.attach(llava, PLANS["every-token"]) as run:
+        pages = KVPages(llava.config, pages=2 * DEPTH, page_size=16)
+        talk = Conversation(llava, LLAVA, [[1, Image(0), *range(2, 8)]])  # 23 tokens
+        talk.read(past_key_values=PagedCompactCache(llava.config, pages=pages))
+        talk.answer(ANSWER[:1])
+        wide = QUESTION[:1].repeat(1, 3)
+        assert talk.say(wide).logits.isfinite().all()
+        # should they run out all the same, the conversation is not taken for an empty one
+        monkeypatch.setattr(PagedCompactCache, "lacks_room", lambda cache, tokens: None)
+        with pytest.raises(OutOfPages):
+            talk.say(wide)
+        assert pages.available == pages.pages
+        with pytest.raises(ValueError, match="was being read anew when a call failed; reset it"):
+            talk.say(wide)
+    assert run.report().stepped_aside == {"too few pages are left to read the conversation anew": 1}
     assert run.report().reread == 0
 
 
