@@ -270,7 +270,7 @@ class CompactLayer(CacheLayerMixin):
         return self.live is not None and self.live.stepping
 
     @property
-    def whole(self) -> bool:
+    def filled(self) -> bool:
         """Whether every place of :meth:`buffer` is valid in every row, as far as the host knows."""
         return not (self.stepping or any(self.starts) or len(set(self.ends)) > 1)
 
@@ -283,7 +283,7 @@ class CompactLayer(CacheLayerMixin):
         """What decode_attention reads: all that is stored, but for each row's last ``behind`` tokens."""
         key, value = self.buffer()
         packed = self.packed.segments() if self.packed is not None else []
-        if not behind and self.whole:
+        if not behind and self.filled:
             return [*packed, KVSegment(key, value)]
         starts, ends = self.bounds()
         return [*packed, KVSegment(key, value, lens=ends - behind if behind else ends, leftpad=starts)]

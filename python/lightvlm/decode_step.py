@@ -19,6 +19,7 @@ from lightvlm_ext import OpCall, observe
 
 from .cache import CompactCache
 from .live_cache import LiveCache
+from .paged_cache import PagedCompactCache
 from .statistics import Timer
 
 if TYPE_CHECKING:
@@ -178,6 +179,8 @@ def why_not(run: Run, cache: object) -> str | None:
         return "the run is detached"
     if not isinstance(cache, CompactCache):
         return f"a {type(cache).__name__} holds the keys, not a CompactCache"
+    if isinstance(cache, PagedCompactCache):
+        return "its keys are in pages, which grow by the host's hand"
     if any(not layer.is_initialized for layer in cache.layers):
         return "it is empty"
     if cache.run is None or cache.run() is not run:

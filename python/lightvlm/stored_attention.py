@@ -90,7 +90,7 @@ def _laid_out(query: Tensor, layer: CompactLayer, scale: float | None) -> Tensor
         seen.append(valid[:, None].expand(-1, new, -1))
     key, value = layer.buffer()
     mask = None
-    if seen or not layer.whole:
+    if seen or not layer.filled:
         starts, ends = layer.bounds()
         at = torch.arange(key.shape[1], device=query.device)
         last = ends[:, None] - new + torch.arange(new, device=query.device)

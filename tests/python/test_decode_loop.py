@@ -376,3 +376,21 @@ def test_images_of_any_size(qwen: Any, captures: bool) -> None:
             expected, found = both(qwen, QWEN.batch(rows))
         assert torch.equal(found, expected)
         assert run.report().stepped_aside == {}
+
+
+def test_pages_are_decoded_by_the_model(llava: Any) -> None:
+    """A paged cache takes pages as it grows, which a live step cannot: the model is called, and the report says so."""
+    inputs = LLAVA.batch(ROWS)
+    with lightvlm.attach(llava, PLANS["none"]) as run:
+        caches = [
+            lightvlm.PagedCompactCache(
+                llava.config, pages=lightvlm.KVPages(llava.config, pages=200, page_size=16)
+            )
+            for _ in range(2)
+        ]
+        options = {"max_new_tokens": 8, "do_sample": False}
+        wanted = llava.generate(**inputs, **options, past_key_values=caches[0])
+        found = lightvlm.generate(llava, **inputs, **options, past_key_values=caches[1])
+    assert torch.equal(found, wanted)
+    (reason,) = run.report().stepped_aside
+    assert "its keys are in pages" in reason

@@ -218,8 +218,15 @@ def refusals(model: Any) -> dict[str, Callable[[lightvlm.Run, CompactCache], Any
         DecodeStep(run, cache)
         return cache
 
+    def paged(run: lightvlm.Run, cache: CompactCache) -> Any:
+        pages = lightvlm.KVPages(model.config, pages=200, page_size=16)
+        in_pages = lightvlm.PagedCompactCache(model.config, pages=pages)
+        with torch.no_grad():
+            return model(**prompt(LLAVA, LONG), past_key_values=in_pages).past_key_values
+
     return {
         "the run is detached": detached,
+        "its keys are in pages, which grow by the host's hand": paged,
         "a dict holds the keys, not a CompactCache": lambda run, cache: {},
         "it is empty": lambda run, cache: CompactCache(model.config),
         "it is being stepped already": stepped,
