@@ -98,3 +98,10 @@ def test_adding_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(together, torch.stack(alone))
     assert not torch.equal(together, full)
     assert run.report().stepped_aside == {}
+
+
+def test_generate(llava: Any) -> None:
+    inputs = LLAVA.batch(ROWS)
+    out, report = example("generate.md")["answer"](llava, inputs)
+    assert out.shape[1] == inputs["input_ids"].shape[1] + 512
+    assert report.prefills == len(ROWS)
