@@ -74,17 +74,18 @@ class DecodeStep:
             raise ValueError(f"cache cannot be stepped: {reason}")
         adapter, layer = run._adapter, cache.layers[0]
         device = layer.key_storage.device
-        if positions is None:
-            seen = [layer.seen - pad for pad in cache.leftpad]
-            positions = torch.tensor(seen, device=device)[:, None]
         if isinstance(capture, str):
             capture = capture_on(device)
         self._run, self._cache, self._capture = run, cache, capture
         self._decoder, self._head = adapter.decoder, adapter.model.get_output_embeddings()
-        self._tokens = torch.zeros(layer.batch_size, 1, dtype=torch.int64, device=device)
-        self._positions = positions.clone()
-        # Four axes: transformers takes such a mask as it is, whatever the attention; a live cache says what is valid.
-        self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        with torch.inference_mode(False):  # they are written at every step, in that mode or not
+            if positions is None:
+                seen = [layer.seen - pad for pad in cache.leftpad]
+                positions = torch.tensor(seen, device=device)[:, None]
+            self._positions = positions.clone()
+            self._tokens = torch.zeros(layer.batch_size, 1, dtype=torch.int64, device=device)
+            # Four axes: transformers takes such a mask as it is, and a live cache says itself what is valid.
+            self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         self._replay: Callable[[], object] | None = None
         self._calls: Counter[str] = Counter()
         self._loaded = False

@@ -89,7 +89,8 @@ class LiveCache:
             queries = None
             if layer.query_rows:
                 shape = (batch, layer.query_rows, heads, layer.key_storage.shape[3])
-                queries = layer.key_storage.new_zeros(shape)
+                with torch.inference_mode(False):
+                    queries = layer.key_storage.new_zeros(shape)
                 if before.shape[1]:
                     queries[:, layer.query_rows - before.shape[1] :] = before
             layer.live = LiveLayer(bounds, rows, at, queries, before.shape[1], ahead)

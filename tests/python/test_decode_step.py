@@ -252,6 +252,36 @@ def test_another_runs_cache_is_refused(wide: Any) -> None:
         DecodeStep(other, cache)
 
 
+def test_steps_in_inference_mode_and_out_of_it(wide: Any) -> None:
+    for name in ("queries", "every-eight"):
+        expected = steps_of(wide, EVERY[name], LONG, 12)
+        with lightvlm.attach(wide, EVERY[name]) as run, torch.inference_mode():
+            cache = read_prompt(wide, run, LONG).past_key_values
+            decode = DecodeStep(run, cache, capture=None)
+            found = [decode.step(tokens_of(step, 2)).clone() for step in range(3)]
+            with torch.inference_mode(False):
+                found += [decode.step(tokens_of(step, 2)).clone() for step in range(3, 12)]
+            decode.close()
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_a_cache_that_was_filled_by_hand(wide: Any) -> None:
+    """As a benchmark fills one: keys and values of nobody's prompt."""
+    heads = (wide.config.text_config.num_key_value_heads, 32)
+    plan = PLANS["every-eight"]
+    with torch.no_grad(), lightvlm.attach(wide, plan) as run:
+        cache = CompactCache(wide.config, plan)
+        cache.begin(run, [0, 3])
+        for index, layer in enumerate(cache.layers):
+            cache.update(*torch.randn(2, 2, heads[0], 50, heads[1]), index)
+            layer.begin([0, 3], 50, 50, False)
+        with DecodeStep(run, cache, ahead=20, capture=record) as decode:
+            for step in range(20):
+                assert decode.step(tokens_of(step, 2)).isfinite().all()
+    assert [layer.seen for layer in cache.layers] == [70] * DEPTH
+    assert run.report().compactions == 2
+
+
 def test_a_used_up_capacity_changes_nothing(model: Any, family: Family) -> None:
     inputs = prompt(family, ROWS)
     length = inputs["input_ids"].shape[1]

@@ -112,3 +112,10 @@ def test_a_paged_cache(llava: Any) -> None:
     with lightvlm.attach(llava, plan):
         for request, tokens in zip(requests, found, strict=True):
             assert torch.equal(generate(llava, request, 24), tokens)
+
+
+def test_generate(llava: Any) -> None:
+    inputs = LLAVA.batch(ROWS)
+    out, report = example("generate.md")["answer"](llava, inputs)
+    assert out.shape[1] == inputs["input_ids"].shape[1] + 512
+    assert report.prefills == len(ROWS)
