@@ -247,17 +247,20 @@ class CompactCache(Cache):
         move_rows(layers, index, count)
 
     def pack_prompt(
-        self, selections: dict[int, Selection] | None, text: Sequence[list[list[int]]] | None = None
+        self,
+        selections: dict[int, Selection] | None,
+        text: Sequence[list[list[int]]] | None = None,
+        only: int | None = None,
     ) -> None:
-        """Store the prompt just read in the bits that the plan says.
+        """Store the prompt just read in the bits that the plan says; where ``only`` names a layer, its part of it.
 
         ``selections``: layer -> tokens that attended, which are the important ones; None: all are.   ``text``: for each
         layer and row the places of text, which a plan may leave as it is.
         """
-        self._unread = False
+        self._unread = self._unread and only is not None
         if isinstance(self.plan.precision, PrecisionPart):
             keeps = self.plan.precision.keep_text
-            pack_prompt(self.layers, self.plan.precision, selections, text if keeps else None)
+            pack_prompt(self.layers, self.plan.precision, selections, text if keeps else None, only)
 
     def keep_only(self, selections: dict[int, Selection], tail: int) -> None:
         """Keep the selected tokens of each layer, in one launch, and give the rest of growing buffers back.

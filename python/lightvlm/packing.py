@@ -71,17 +71,18 @@ def pack_prompt(
     part: PrecisionPart,
     selections: dict[int, Selection] | None,
     text: Sequence[list[list[int]]] | None = None,
+    only: int | None = None,
 ) -> None:
     """Pack what stands between the sinks and the recent tokens of every row.
 
     Args:
-        layers: all of a cache, just filled with a prompt.
+        layers: all of a cache, just filled with a prompt; where ``only`` names a layer, that one.
         selections: layer -> tokens that attended; None, or a layer that is not there: all did. How many tokens get
             which bits is then for the device to know, and read from it once for all layers.
         text: for each layer and row the places in the buffer, ascending, of text, which stays in 16 bits; None: no
             text does.
     """
-    _pack_middle(layers, part, selections, 1, text)
+    _pack_middle(layers, part, selections, 1, text, only)
 
 
 def _pack_middle(
@@ -90,13 +91,14 @@ def _pack_middle(
     selections: dict[int, Selection] | None,
     least: int,
     text: Sequence[list[list[int]]] | None = None,
+    only: int | None = None,
 ) -> None:
     """:func:`pack_prompt`, of layers that are not packed yet and have so many tokens to pack in a row."""
     groups: dict[int, list[_Group]] = {}
     first: dict[int, list[list[int]]] = {}
     for index, layer in enumerate(layers):
         levels = part.levels(index, len(layers))
-        if not levels or layer.packed is not None:
+        if not levels or layer.packed is not None or only not in (None, index):
             continue
         middle = [max(0, end - start - part.sinks - part.recent) for start, end in _spans(layer)]
         if max(middle, default=0) < least:

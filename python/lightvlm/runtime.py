@@ -108,6 +108,7 @@ class Run:
         self._sparse: SparsePrefill | None = None
         self._cache: CompactCache | None = None
         self._layout: BatchLayout | None = None
+        self._text: list[list[list[int]]] | None = None
         self._prompt = False
         self._drafts = 0
         self._one_logit = False
@@ -401,6 +402,10 @@ class Run:
                 shortened = self._prefill is not None and self._prefill.reduced
                 tail = level.tail if level is not None and shortened else self._layout.length
                 layer.begin(starts, self._layout.length, tail, shortened)
+                if self._sparse is None or index < self._sparse.part.full_layers:
+                    # at once, so that a prompt is never in 16 bits in more than one layer
+                    assert self._cache is not None
+                    self._cache.pack_prompt(None, self._text_places(), only=index)
         elif layer is not None and layer.reads_itself:
             out = attend_stored(query, layer, scale)
         else:
@@ -447,20 +452,24 @@ class Run:
         precision = self.plan.precision
         if not (isinstance(precision, PrecisionPart) and precision.keep_text) or self._layout is None:
             return None
+        if self._text is not None:
+            return self._text
         layout, depth = self._layout, len(self._adapter.layers)
         levels: list[tuple[Sequence[RowLayout], list[int]]] = []
         for index in range(depth):
             level = self._prefill.tokens_at(index) if self._prefill is not None else None
             starts = [row.leftpad for row in layout.rows] if level is None else level.starts
             levels.append((layout.rows if level is None else level.rows, starts))
-        return [
+        self._text = [
             [[start + at for at in row.text_positions()] for row, start in zip(rows, starts, strict=True)]
             for rows, starts in levels
         ]
+        return self._text
 
     def _forget(self) -> None:
         """Drop what belongs to one call of the model, also where the call before did not get to its end."""
         self._prefill = self._sparse = self._layout = self._cache = self._call = None
+        self._text = None
         self._prompt = False
         observer, self._observer = self._observer, None
         if observer is not None:

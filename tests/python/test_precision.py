@@ -294,3 +294,42 @@ def test_bytes_of_a_long_cache() -> None:
         stored += 8 * ops.quantize_kv(part, part, bits=bits).nbytes
     rest = (4 + 64 + 128 + 16) * 2 * 128 * 2
     assert 32768 * 2 * 128 * 2 / (stored + rest) >= 5
+
+
+@pytest.mark.parametrize("prefill", [None, lightvlm_plan().prefill], ids=["whole", "lightvlm"])
+def test_a_prompt_is_never_in_16_bits_in_more_than_one_layer(model: Any, prefill: Any) -> None:
+    """Each layer is packed before the next one runs, so that memory peaks with one layer's keys and values."""
+    whole: list[list[int]] = []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        cache = run._cache
+        filled = [index for index, layer in enumerate(cache.layers) if layer.is_initialized]
+        whole.append([index for index in filled if cache.layers[index].packed is None])
+
+    with torch.no_grad(), lightvlm.attach(model, plan_of(prefill)) as run:
+        handles = [
+            layer.register_forward_pre_hook(look, with_kwargs=True)
+            for layer in model.model.language_model.layers
+        ]
+        model(**prompt(LLAVA, LONG))
+        for handle in handles:
+            handle.remove()
+    assert whole == [[]] * DEPTH
+
+
+def test_text_may_stay_in_16_bits(model: Any) -> None:
+    """Only image tokens are packed; attention over what is stored is as ever."""
+    plan = plan_of(lightvlm_plan().prefill, keep_text=True, recent=2)
+    _, out, _ = read_prompt(model, plan, LONG)
+    for b, row in enumerate(LONG):
+        slow = SlowDecoder(model, slow_options(plan.prefill))
+        slow.read(LLAVA.batch([row]))
+        words = sum(isinstance(item, int) for item in row)
+        for index, layer in enumerate(out.past_key_values.layers):
+            (packed,) = layer.packed.prompt
+            stored = slow.keys[index].shape[1]
+            # the first row ends with three words, of which two are recent; its sinks are words as well
+            own = words - 2 if b == 0 else words - 1 + 1
+            assert layer.packed.sink_counts[b] == own
+            assert packed.counts[b] == stored - own - 2
+    check_steps(model, plan_of(None, keep_text=True), LONG, 20, lambda model: SlowDecoder(model, None))
