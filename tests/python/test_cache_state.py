@@ -96,15 +96,21 @@ class DenseCache(RuleBasedStateMachine):
     # -- tokens
 
     @precondition(lambda self: not self.filled)
-    @rule(data=st.data(), batch=st.integers(1, 3), length=st.integers(1, 9), padded=st.booleans())
-    def prompt(self, data: Any, batch: int, length: int, padded: bool) -> None:
+    @rule(
+        data=st.data(),
+        batch=st.integers(1, 3),
+        length=st.integers(1, 9),
+        padded=st.booleans(),
+        shorter=st.booleans(),
+    )
+    def prompt(self, data: Any, batch: int, length: int, padded: bool, shorter: bool) -> None:
         """A prompt, of which later layers may get a part only."""
         pads = [data.draw(st.integers(0, length - 1)) if padded else 0 for _ in range(batch)]
         self.leftpad = [pad - min(pads) for pad in pads]
         self.cache.begin(self.run, self.leftpad)  # type: ignore[arg-type]
         counts, tail = [length - pad for pad in self.leftpad], length
         for index, layer in enumerate(self.layers):
-            shortened = index > 0 and data.draw(st.booleans())
+            shortened = shorter and index > 0 and data.draw(st.booleans())
             if shortened:  # something of every row, of which the last ``tail`` are not touched
                 tail = data.draw(st.integers(0, min(*counts, tail)))
                 counts = [data.draw(st.integers(max(1, tail), count)) for count in counts]
