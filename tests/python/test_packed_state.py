@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from lightvlm_ext import ops, reference
-from lightvlm_ext.ops import KVSegment
+from lightvlm_ext.ops import KVSegment, PackedKV
 
 LAYERS, HEADS, QUERIES, WIDTH = 2, 2, 4, 32
 SCALE = 0.3
@@ -360,11 +360,12 @@ TestPackedCache = PackedCache.TestCase
 def test_storage_that_grows_is_seen_to_grow() -> None:
     """Whoever holds the segment of generated tokens finds those that are added, as long as there is room for them."""
     key, value = torch.randn(2, 1, 4 * BLOCK, HEADS, WIDTH)
+    held: PackedKV | None = None
     storage, wanted = GrowingKV(), ops.quantize_kv(key, value, bits=4, block=BLOCK)
     for first in range(0, 4 * BLOCK, BLOCK):
         part = slice(first, first + BLOCK)
         storage.append(key[:, part], value[:, part], 4, None, room=4 * BLOCK)
-        held = storage.packed if first == 0 else held
+        held = held or storage.packed
         assert held is not None
         assert held.lens is not None
         assert held.lens.tolist() == [first + BLOCK]
