@@ -78,6 +78,7 @@ class CompactCache(Cache):
         self.run: weakref.ref[Run] | None = None
         self.leftpad: list[int] = []
         self.since_compaction = 0
+        self.waits = False
         self._unread = True
 
     def _set_plan(self, plan: Plan) -> None:
@@ -110,7 +111,7 @@ class CompactCache(Cache):
         if not self._has_own_plan:
             self._set_plan(run.plan)
         self.run = weakref.ref(run)
-        self.leftpad, self.since_compaction = list(leftpad), 0
+        self.leftpad, self.since_compaction, self.waits = list(leftpad), 0, False
 
     def take_place_of(self, other: Cache) -> CompactCache:
         """Turn ``other``, an empty cache, into this one, so that whoever holds it can go on with it."""
@@ -185,9 +186,22 @@ class CompactCache(Cache):
         """Whether every token seen is stored, in an order that is known: a model that is not attached can go on."""
         return all(layer.complete for layer in self.layers)
 
-    def step(self, new_tokens: int) -> bool:
+    def step(self, new_tokens: int, drafts: int = 0) -> bool:
         """Count ``new_tokens`` decoded tokens; pack what became old, and, when the plan says it is time or a fixed
-        capacity is used up, compact every layer in one launch. Returns whether anything left its place."""
+        capacity is used up, compact every layer in one launch.
+
+        Args:
+            new_tokens: tokens just stored.
+            drafts: how many of them may be cropped again. What they would set off waits until that is known: for the
+                next call, which finds ``waits`` set.
+
+        Returns:
+            Whether anything was evicted.
+        """
+        self.waits = drafts > 0
+        if self.waits:
+            self.since_compaction += new_tokens
+            return False
         if isinstance(self.plan.precision, PrecisionPart):
             pack_generated(self.layers, self.plan.precision)
         policy = self.plan.cache
@@ -222,14 +236,16 @@ class CompactCache(Cache):
             layer.dropped = True
         return True
 
-    def pack_prompt(self, selections: dict[int, Selection] | None) -> None:
+    def pack_prompt(self, selections: dict[int, Selection] | None, drafts: int = 0) -> None:
         """Store the prompt just read in the bits that the plan says.
 
-        ``selections``: layer -> tokens that attended, which are the important ones; None: all are.
+        Args:
+            selections: layer -> tokens that attended, which are the important ones; None: all are.
+            drafts: so many of the last tokens may be cropped again, and are not packed.
         """
         self._unread = False
         if isinstance(self.plan.precision, PrecisionPart):
-            pack_prompt(self.layers, self.plan.precision, selections)
+            pack_prompt(self.layers, self.plan.precision, selections, drafts)
 
     def keep_only(self, selections: dict[int, Selection], tail: int) -> None:
         """Keep the selected tokens of each layer, in one launch, and give the rest of growing buffers back.
@@ -289,7 +305,7 @@ class CompactCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.leftpad, self.since_compaction, self._unread = [], 0, True
+        self.leftpad, self.since_compaction, self.waits, self._unread = [], 0, False, True
 
     def shrink(self) -> None:
         """Give free rows of the buffers back to the allocator (buffers move; not with a fixed capacity)."""

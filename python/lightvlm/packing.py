@@ -6,6 +6,7 @@ enough of them behind its sinks.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,7 +68,10 @@ def check_storage(plan: Plan | None, head_width: int) -> None:
 
 
 def pack_prompt(
-    layers: Sequence[CompactLayer], part: PrecisionPart, selections: dict[int, Selection] | None
+    layers: Sequence[CompactLayer],
+    part: PrecisionPart,
+    selections: dict[int, Selection] | None,
+    drafts: int = 0,
 ) -> None:
     """Pack what stands between the sinks and the recent tokens of every row.
 
@@ -75,7 +79,10 @@ def pack_prompt(
         layers: all of a cache, just filled with a prompt.
         selections: layer -> tokens that attended; None: all did. How many tokens get which bits is then for the
             device to know, and read from it once for all layers.
+        drafts: so many of the last tokens count as recent in any case.
     """
+    if drafts > part.recent:
+        part = dataclasses.replace(part, recent=drafts)  # type: ignore[type-var]
     _pack_middle(layers, part, selections, 1)
 
 

@@ -105,7 +105,7 @@ class Run:
         self._cache: CompactCache | None = None
         self._layout: BatchLayout | None = None
         self._prompt = False
-        self._drafts = 0
+        self._drafts = self._unsure = 0
         self._timer: Timer | None = None
         self._stats = Statistics(adapter)
         self._observe = observe
@@ -181,6 +181,7 @@ class Run:
         inputs.update(inputs.pop("kwargs", {}))
         drafts, self._drafts = self._drafts, 0
         self._forget()
+        self._unsure = drafts
         current = self._adapter.decoder.config._attn_implementation
         if current != self._name:
             raise RuntimeError(
@@ -194,6 +195,8 @@ class Run:
             self._begin(cache, inputs, drafts)
         self._observer = self._observe(self._stats.add_op)
         self._observer.__enter__()
+        if self._cache is not None and self._cache.waits:  # drafts that were wrong have been cropped by now
+            self._stats.compactions += self._cache.step(0)
         return (), inputs
 
     def _continue(self, cache: Any, inputs: dict[str, Any]) -> None:
@@ -351,7 +354,7 @@ class Run:
     def _finish(self, output: Any) -> None:
         cache = self._cache
         if cache is not None and not self._prompt:
-            self._stats.compactions += cache.step(_new_tokens(output))
+            self._stats.compactions += cache.step(_new_tokens(output), self._unsure)
         if self._timer is not None:
             self._stats.add_time("prefill" if self._prompt else "decode", self._timer.stop())
         if self._prompt and self._layout is not None:
@@ -361,13 +364,14 @@ class Run:
             if cache is not None and self._sparse.part.unimportant == "drop":
                 cache.keep_only(self._sparse.selections, self._sparse.tail)
         if self._prompt and cache is not None:
-            cache.pack_prompt(self._sparse.selections if self._sparse is not None else None)
+            selections = self._sparse.selections if self._sparse is not None else None
+            cache.pack_prompt(selections, self._unsure)
         self._stats.add_cache(cache if cache is not None else getattr(output, "past_key_values", None))
 
     def _forget(self) -> None:
         """Drop what belongs to one call of the model, also where the call before did not get to its end."""
         self._prefill = self._sparse = self._layout = self._cache = None
-        self._prompt = False
+        self._prompt, self._unsure = False, 0
         observer, self._observer = self._observer, None
         if observer is not None:
             with contextlib.suppress(ValueError):  # an interrupted call may have run in another context
