@@ -83,6 +83,7 @@ class CompactCache(Cache):
         self.transcript: Transcript | None = None
         self.leftpad: list[int] = []
         self.since_compaction = 0
+        self.waits = False
         self._unread = True
 
     def _new_layer(self, capacity: int | None) -> CompactLayer:
@@ -115,7 +116,7 @@ class CompactCache(Cache):
         if not self._has_own_plan:
             self._set_plan(run.plan)
         self.run = weakref.ref(run)
-        self.leftpad, self.since_compaction = list(leftpad), 0
+        self.leftpad, self.since_compaction, self.waits = list(leftpad), 0, False
 
     def take_place_of(self, other: Cache) -> CompactCache:
         """Turn ``other``, an empty cache, into this one, so that whoever holds it can go on with it."""
@@ -190,9 +191,22 @@ class CompactCache(Cache):
         """Whether every token seen is stored, in an order that is known: a model that is not attached can go on."""
         return all(layer.complete for layer in self.layers)
 
-    def step(self, new_tokens: int) -> bool:
+    def step(self, new_tokens: int, drafts: int = 0) -> bool:
         """Count ``new_tokens`` decoded tokens; pack what became old, and, when the plan says it is time or a fixed
-        capacity is used up, compact every layer in one launch. Returns whether anything left its place."""
+        capacity is used up, compact every layer in one launch.
+
+        Args:
+            new_tokens: tokens just stored.
+            drafts: how many of them may be cropped again. What they would set off waits until that is known: for the
+                next call, which finds ``waits`` set.
+
+        Returns:
+            Whether anything was evicted.
+        """
+        self.waits = drafts > 0
+        if self.waits:
+            self.since_compaction += new_tokens
+            return False
         if isinstance(self.plan.precision, PrecisionPart):
             pack_generated(self.layers, self.plan.precision)
         policy = self.plan.cache
@@ -249,18 +263,23 @@ class CompactCache(Cache):
     def pack_prompt(
         self,
         selections: dict[int, Selection] | None,
+        drafts: int = 0,
+        *,
         text: Sequence[list[list[int]]] | None = None,
         only: int | None = None,
     ) -> None:
-        """Store the prompt just read in the bits that the plan says; where ``only`` names a layer, its part of it.
+        """Store the prompt just read in the bits that the plan says.
 
-        ``selections``: layer -> tokens that attended, which are the important ones; None: all are.   ``text``: for each
-        layer and row the places of text, which a plan may leave as it is.
+        Args:
+            selections: layer -> tokens that attended, which are the important ones; None: all are.
+            drafts: so many of the last tokens may be cropped again, and are not packed.
+            text: for each layer and row the places of text, which a plan may leave as it is.
+            only: the layer that was just filled, where the others are not yet, or packed already.
         """
         self._unread = self._unread and only is not None
         if isinstance(self.plan.precision, PrecisionPart):
             keeps = self.plan.precision.keep_text
-            pack_prompt(self.layers, self.plan.precision, selections, text if keeps else None, only)
+            pack_prompt(self.layers, self.plan.precision, selections, drafts, text if keeps else None, only)
 
     def keep_only(self, selections: dict[int, Selection], tail: int) -> None:
         """Keep the selected tokens of each layer, in one launch, and give the rest of growing buffers back.
@@ -324,7 +343,7 @@ class CompactCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.leftpad, self.since_compaction, self._unread = [], 0, True
+        self.leftpad, self.since_compaction, self.waits, self._unread = [], 0, False, True
         self.transcript = None
 
     def shrink(self) -> None:

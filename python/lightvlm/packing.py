@@ -6,6 +6,7 @@ enough of them behind its sinks.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,7 @@ def pack_prompt(
     layers: Sequence[CompactLayer],
     part: PrecisionPart,
     selections: dict[int, Selection] | None,
+    drafts: int = 0,
     text: Sequence[list[list[int]]] | None = None,
     only: int | None = None,
 ) -> None:
@@ -79,9 +81,12 @@ def pack_prompt(
         layers: all of a cache, just filled with a prompt; where ``only`` names a layer, that one.
         selections: layer -> tokens that attended; None, or a layer that is not there: all did. How many tokens get
             which bits is then for the device to know, and read from it once for all layers.
+        drafts: so many of the last tokens count as recent in any case.
         text: for each layer and row the places in the buffer, ascending, of text, which stays in 16 bits; None: no
             text does.
     """
+    if drafts > part.recent:
+        part = dataclasses.replace(part, recent=drafts)  # type: ignore[type-var]
     _pack_middle(layers, part, selections, 1, text, only)
 
 

@@ -110,7 +110,7 @@ class Run:
         self._layout: BatchLayout | None = None
         self._text: list[list[list[int]]] | None = None
         self._prompt = False
-        self._drafts = 0
+        self._drafts = self._unsure = 0
         self._one_logit = False
         self._call: later.Call | None = None
         self._timer: Timer | None = None
@@ -229,6 +229,7 @@ class Run:
         drafts, self._drafts = self._drafts, 0
         one_logit, self._one_logit = self._one_logit, False
         self._forget()
+        self._unsure = drafts
         current = self._adapter.decoder.config._attn_implementation
         if current != self._name:
             raise RuntimeError(
@@ -247,6 +248,8 @@ class Run:
             self._begin(cache, inputs, drafts, one_logit)
         self._observer = self._observe(self._stats.add_op)
         self._observer.__enter__()
+        if self._cache is not None and self._cache.waits:  # drafts that were wrong have been cropped by now
+            self._stats.compactions += self._cache.step(0)
         return (), inputs
 
     def _continue(self, cache: Any, inputs: dict[str, Any], drafts: int, one_logit: bool) -> None:
@@ -405,7 +408,7 @@ class Run:
                 if self._sparse is None or index < self._sparse.part.full_layers:
                     # at once, so that a prompt is never in 16 bits in more than one layer
                     assert self._cache is not None
-                    self._cache.pack_prompt(None, self._text_places(), only=index)
+                    self._cache.pack_prompt(None, self._unsure, text=self._text_places(), only=index)
         elif layer is not None and layer.reads_itself:
             out = attend_stored(query, layer, scale)
         else:
@@ -427,7 +430,7 @@ class Run:
     def _finish(self, output: Any) -> None:
         cache = self._cache
         if cache is not None and not self._prompt:
-            self._stats.compactions += cache.step(_new_tokens(output))
+            self._stats.compactions += cache.step(_new_tokens(output), self._unsure)
         if self._timer is not None:
             self._stats.add_time("prefill" if self._prompt else "decode", self._timer.stop())
         if self._prompt and self._layout is not None:
@@ -437,9 +440,8 @@ class Run:
             if cache is not None and self._sparse.part.unimportant == "drop":
                 cache.keep_only(self._sparse.selections, self._sparse.tail)
         if self._prompt and cache is not None:
-            cache.pack_prompt(
-                self._sparse.selections if self._sparse is not None else None, self._text_places()
-            )
+            selections = self._sparse.selections if self._sparse is not None else None
+            cache.pack_prompt(selections, self._unsure, text=self._text_places())
         if self._call is not None:
             if self._prompt:
                 drops = self._sparse is not None and self._sparse.part.unimportant == "drop"
@@ -470,7 +472,7 @@ class Run:
         """Drop what belongs to one call of the model, also where the call before did not get to its end."""
         self._prefill = self._sparse = self._layout = self._cache = self._call = None
         self._text = None
-        self._prompt = False
+        self._prompt, self._unsure = False, 0
         observer, self._observer = self._observer, None
         if observer is not None:
             with contextlib.suppress(ValueError):  # an interrupted call may have run in another context

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from lightvlm import CompactCache, Plan
 from lightvlm.methods.kv_precision import KVPrecision
+from lightvlm.packed_store import GrowingKV
 from lightvlm.stored_attention import attend_stored
 from python.slow_packed import BLOCK, SlowLayer, Token
 from python.stored import Reader, Told, bytes_alive
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from lightvlm_ext import ops, reference
-from lightvlm_ext.ops import KVSegment
+from lightvlm_ext.ops import KVSegment, PackedKV
 
 LAYERS, HEADS, QUERIES, WIDTH = 2, 2, 4, 32
 SCALE = 0.3
@@ -354,3 +355,23 @@ def check_tokens(tokens: list[Token], found: Tensor, mass: Tensor | None, rough:
 
 PackedCache.TestCase.settings = settings(max_examples=60, stateful_step_count=24)
 TestPackedCache = PackedCache.TestCase
+
+
+def test_storage_that_grows_is_seen_to_grow() -> None:
+    """Whoever holds the segment of generated tokens finds those that are added, as long as there is room for them."""
+    key, value = torch.randn(2, 1, 4 * BLOCK, HEADS, WIDTH)
+    held: PackedKV | None = None
+    storage, wanted = GrowingKV(), ops.quantize_kv(key, value, bits=4, block=BLOCK)
+    for first in range(0, 4 * BLOCK, BLOCK):
+        part = slice(first, first + BLOCK)
+        storage.append(key[:, part], value[:, part], 4, None, room=4 * BLOCK)
+        held = held or storage.packed
+        assert held is not None
+        assert held.lens is not None
+        assert held.lens.tolist() == [first + BLOCK]
+        found, expected = (ops.dequantize_kv(one, torch.float32) for one in (held, wanted))
+        end = first + BLOCK
+        assert torch.equal(found[0][:, :end], expected[0][:, :end])
+        assert torch.equal(found[1][:, :end], expected[1][:, :end])
+        assert not found[0][:, end:].any()
+    assert held is storage.packed
