@@ -7,10 +7,11 @@ runs as it is.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,17 +30,29 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
 """Captures a function without running it: (what it will have returned, the replay)."""
 
 
-def capture_cuda(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+_streams: dict[torch.device, Any] = {}
+"""Where captures run, one stream a device: cuBLAS keeps a workspace for each stream that it has seen."""
+
+
+def capture_cuda(device: torch.device, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
     """Capture with torch.cuda.CUDAGraph, in a memory pool of its own."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on using the device
-        out = function()
-    return out, graph.replay
+    with torch.cuda.device(device):
+        stream = _streams.setdefault(device, torch.cuda.Stream(device))
+        # other threads go on using the device
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            out = function()
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return out, replay
 
 
 def capture_on(device: torch.device) -> Capture | None:
     """What captures a step on a device; None: nothing does."""
-    return capture_cuda if device.type == "cuda" else None
+    return functools.partial(capture_cuda, device) if device.type == "cuda" else None
 
 
 class DecodeStep:
@@ -57,7 +70,8 @@ class DecodeStep:
         capture: what captures the step; None: it is run as it is. Default: a CUDA graph on a GPU, None elsewhere.
 
     Raises:
-        ValueError: the cache cannot be stepped like that (:func:`why_not`); nothing is changed.
+        ValueError: the cache cannot be stepped like that (:func:`why_not`), or positions or capture are not as said;
+            nothing is changed.
     """
 
     def __init__(
@@ -75,7 +89,12 @@ class DecodeStep:
         adapter, layer = run._adapter, cache.layers[0]
         device = layer.key_storage.device
         if isinstance(capture, str):
+            if capture != "auto":
+                raise ValueError(f'capture must be "auto", None or a function, got {capture!r}')
             capture = capture_on(device)
+        rows = layer.batch_size
+        if positions is not None and positions.shape[-2:] != (rows, 1):
+            raise ValueError(f"positions must end in ({rows}, 1), got {tuple(positions.shape)}")
         self._run, self._cache, self._capture = run, cache, capture
         self._decoder, self._head = adapter.decoder, adapter.model.get_output_embeddings()
         with torch.inference_mode(False):  # they are written at every step, in that mode or not
@@ -83,10 +102,11 @@ class DecodeStep:
                 seen = [layer.seen - pad for pad in cache.leftpad]
                 positions = torch.tensor(seen, device=device)[:, None]
             self._positions = positions.clone()
-            self._tokens = torch.zeros(layer.batch_size, 1, dtype=torch.int64, device=device)
+            self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
             # Four axes: transformers takes such a mask as it is, and a live cache says itself what is valid.
             self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         self._replay: Callable[[], object] | None = None
+        self._retired: Callable[[], object] | None = None
         self._calls: Counter[str] = Counter()
         self._loaded = False
         self._said: list[Tensor] = []
@@ -105,7 +125,7 @@ class DecodeStep:
 
     def close(self) -> None:
         """Let the cache be used as any other. Harmless when called twice."""
-        self._replay = None
+        self._replay = self._retired = None
         self._live.close()
         if self._said and self._cache.transcript is not None:
             self._cache.transcript.add_decoded(torch.cat(self._said, dim=1), self._positions)
@@ -117,8 +137,11 @@ class DecodeStep:
         """Logits (B, V) after one token a row, (B, 1) or (B,) integers; they stay until the next step.
 
         Raises:
-            ValueError: a fixed capacity of the cache is used up; nothing is changed.
+            ValueError: not a token for each row, or a fixed capacity of the cache is used up; nothing is changed.
         """
+        rows = self._tokens.shape[0]
+        if tuple(tokens.shape) not in ((rows,), (rows, 1)) or tokens.is_floating_point():
+            raise ValueError(f"tokens must be ({rows}, 1) integers, got {tuple(tokens.shape)} {tokens.dtype}")
         self._live.check_room()
         self._tokens.copy_(tokens.reshape(-1, 1))
         if self._cache.transcript is not None:
@@ -131,8 +154,12 @@ class DecodeStep:
             stats.replays += 1
             stats.add_calls(self._calls)
         else:
-            with observe(stats.add_op):
-                self.logits = self._compute()
+            try:
+                with observe(stats.add_op):
+                    self.logits = self._compute()
+            except BaseException:
+                self._live.take_back()
+                raise
             self._loaded = True
         with observe(stats.add_op):  # while the device is at work
             stats.compactions += self._live.advance()
@@ -141,7 +168,9 @@ class DecodeStep:
             and self._live.moved
             and self._addresses != (now := self._live.addresses())
         ):
-            self._addresses, self._replay, self._loaded = now, None, False
+            # kept until the next capture, which waits for the device: it may be running
+            self._retired, self._replay = self._replay or self._retired, None
+            self._addresses, self._loaded = now, False
         stats.add_time("decode", timer.stop())
         return self.logits
 
@@ -155,8 +184,8 @@ class DecodeStep:
                 past_key_values=self._cache,
                 use_cache=True,
             )[0]
-            self._positions += 1
             logits: Tensor = self._head(hidden)[:, -1]
+            self._positions += 1
             return logits
 
     def _take(self, capture: Capture) -> None:
@@ -170,6 +199,7 @@ class DecodeStep:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self._run._stats.step_aside(f"the decode step cannot be captured: {reason}")
             return
+        self._retired = None
         self._calls = Counter(call.name for call in calls)
         self._run._stats.captures += 1
 

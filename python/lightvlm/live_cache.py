@@ -159,6 +159,12 @@ class LiveCache:
             ahead = min(ahead, max(0, policy.budget(layer.seen + ahead) - held) + policy.interval)
         return max(SLACK, min(ahead, max(SPAN, held)))
 
+    def take_back(self) -> None:
+        """Forget a step that did not get to its end: what the host counts is what stands."""
+        for layer in self.cache.layers:
+            layer._bounds = None
+            layer.bounds()
+
     def addresses(self) -> tuple[object, ...]:
         """Where everything lies that a step reads or writes of the cache. While it stays, so does a captured step."""
         found: list[object] = []

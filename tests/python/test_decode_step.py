@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightvlm
 import pytest
 import torch
-from lightvlm import CompactCache
-from lightvlm.decode_step import DecodeStep
+from lightvlm import CompactCache, decode_step
+from lightvlm.decode_step import DecodeStep, capture_on
 from python.recorded import record
 from python.test_decode_loop import PACKED, PLANS
 from python.test_precision import LONG
@@ -18,6 +21,7 @@ from python.tiny import DEPTH, LLAVA, QWEN, Family, Image, extend
 from torch import Tensor
 
 EVERY = {**PLANS, **PACKED}
+torch_graph = torch.cuda.graph
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +213,38 @@ def test_positions_of_ones_own(qwen: Any) -> None:
     torch.testing.assert_close(found, expected.logits[:, -1], rtol=1e-4, atol=1e-4)
 
 
+def test_how_cuda_is_asked_to_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a CUDA that only notes what it is asked: one stream a device, and capture and replay on that device."""
+    device, asked = torch.device("cuda", 3), []
+
+    class Graph:
+        def replay(self) -> None:
+            asked.append("replay")
+
+    @contextlib.contextmanager
+    def noted(name: str, *args: Any, **options: Any) -> Iterator[None]:
+        asked.append((name, *(arg for arg in args if not isinstance(arg, Graph)), options))
+        yield
+        asked.append(f"end of {name}")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "device", functools.partial(noted, "device"))
+    monkeypatch.setattr(torch.cuda, "graph", functools.partial(noted, "graph"))
+    monkeypatch.setattr(decode_step, "_streams", {})
+    capture = capture_on(device)
+    assert capture is not None
+    out, replay = capture(lambda: torch.tensor(5))
+    options = {"stream": "stream of cuda:3", "capture_error_mode": "thread_local"}
+    assert set(options) < set(inspect.signature(torch_graph).parameters)
+    assert out == 5
+    assert asked == [("device", device, {}), ("graph", options), "end of graph", "end of device"]
+    asked.clear()
+    replay()
+    assert asked == [("device", device, {}), "replay", "end of device"]
+    assert capture_on(torch.device("cpu")) is None
+
+
 def refusals(model: Any) -> dict[str, Callable[[lightvlm.Run, CompactCache], Any]]:
     def detached(run: lightvlm.Run, cache: CompactCache) -> Any:
         run.detach()
@@ -240,6 +276,38 @@ def test_refused(wide: Any, reason: str) -> None:
         cache = refusals(wide)[reason](run, cache)
         with pytest.raises(ValueError, match=f"cache cannot be stepped: {reason}"):
             DecodeStep(run, cache)
+
+
+def test_bad_arguments(wide: Any) -> None:
+    with lightvlm.attach(wide, PLANS["none"]) as run:
+        cache = read_prompt(wide, run, LONG).past_key_values
+        with pytest.raises(ValueError, match=r"positions must end in \(2, 1\), got \(2, 3\)"):
+            DecodeStep(run, cache, positions=torch.zeros(2, 3))
+        with pytest.raises(ValueError, match="capture must be \"auto\", None or a function, got 'yes'"):
+            DecodeStep(run, cache, capture="yes")
+        with DecodeStep(run, cache) as decode:
+            for tokens in (torch.zeros(1, 1, dtype=torch.long), torch.zeros(2, 2, dtype=torch.long)):
+                with pytest.raises(ValueError, match=r"tokens must be \(2, 1\) integers"):
+                    decode.step(tokens)
+            with pytest.raises(
+                ValueError, match=r"tokens must be \(2, 1\) integers, got \(2, 1\) torch.float32"
+            ):
+                decode.step(torch.zeros(2, 1))
+    assert cache.get_seq_length() == LLAVA.batch(LONG)["input_ids"].shape[1]
+
+
+def test_an_interrupted_step_is_as_if_it_had_not_been(wide: Any) -> None:
+    expected = steps_of(wide, PLANS["none"], LONG, 3)
+    with lightvlm.attach(wide, PLANS["none"]) as run:
+        cache = read_prompt(wide, run, LONG).past_key_values
+        with DecodeStep(run, cache) as decode:
+            found = [decode.step(tokens_of(0, 2)).clone()]
+            handle = wide.lm_head.register_forward_pre_hook(lambda module, args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                decode.step(tokens_of(1, 2))
+            handle.remove()
+            found += [decode.step(tokens_of(step, 2)).clone() for step in (1, 2)]
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_another_runs_cache_is_refused(wide: Any) -> None:
