@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def lasting(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Decorator: tensors that the function makes are ordinary ones, also where it is called in inference mode.
+
+    Those made in inference mode could not be written outside it, and a cache lives longer than the call that fills it.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:

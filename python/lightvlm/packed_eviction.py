@@ -27,7 +27,7 @@ from lightvlm_ext import ops
 from lightvlm_ext.ops import PackedKV
 
 from .cache_layer import CompactLayer
-from .host import upload
+from .host import lasting, upload
 from .methods.base import CachePart
 from .packed_store import BLOCK, GrowingKV, PackedStore, PromptKV
 
@@ -35,6 +35,7 @@ DEMOTED_BITS = 2
 """Bits of a token that lost its place but is not dropped."""
 
 
+@lasting
 def evict_packed(layers: Sequence[CompactLayer], policy: CachePart, leftpad: list[int]) -> bool:
     """Bring packed layers down to the policy's budget, by the attention that each token has received.
 

@@ -18,7 +18,7 @@ from lightvlm_ext._kv import PACKED_HEAD_DIMS
 from lightvlm_ext.ops import KVSegment, Selection
 
 from .cache_layer import CompactLayer
-from .host import upload
+from .host import lasting, upload
 from .methods.base import CachePart, PrecisionPart
 from .packed_store import BLOCK, PackedStore, PromptKV
 from .plan import Plan
@@ -67,6 +67,7 @@ def check_storage(plan: Plan | None, head_width: int) -> None:
         )
 
 
+@lasting
 def pack_prompt(
     layers: Sequence[CompactLayer],
     part: PrecisionPart,
@@ -182,6 +183,7 @@ def _pack_layer(
     layer.store(store, *_take(layer, index, count), recent)
 
 
+@lasting
 def pack_generated(layers: Sequence[CompactLayer], part: PrecisionPart) -> None:
     """Pack the oldest ``interval`` tokens of the buffers as long as so many stand before the recent ones."""
     _pack_middle(layers, part, None, part.interval)  # of prompts too short to be packed when they were read

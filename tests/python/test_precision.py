@@ -8,6 +8,7 @@ from typing import Any
 import lightvlm
 import pytest
 import torch
+from lightvlm.methods.decode_compaction import DecodeCompaction
 from lightvlm.methods.kv_precision import KVPrecision
 from lightvlm.methods.zipvl import ZipVLPrefill
 from python.slow import SlowDecoder
@@ -333,3 +334,26 @@ def test_text_may_stay_in_16_bits(model: Any) -> None:
             assert layer.packed.sink_counts[b] == own
             assert packed.counts[b] == stored - own - 2
     check_steps(model, plan_of(None, keep_text=True), LONG, 20, lambda model: SlowDecoder(model, None))
+
+
+@pytest.mark.parametrize("low_bits", [None, 2])
+def test_a_cache_outlives_inference_mode(model: Any, low_bits: int | None) -> None:
+    """Filled inside of it, gone on with outside: packed, compacted and cropped as ever."""
+    prefill = ZIPVL if low_bits else None
+    cache_part = DecodeCompaction(keep=0.3, interval=32, sinks=2, recent=6)
+    plan = lightvlm.Plan(prefill, cache_part, KVPrecision(low_bits=low_bits, **UNIFORM))
+    inputs, found = prompt(LLAVA, LONG), []
+    for mode in (torch.inference_mode, torch.no_grad):
+        with lightvlm.attach(model, plan):
+            with mode():
+                out, mask = model(**inputs), inputs["attention_mask"]
+                for step in range(70):
+                    tokens = torch.tensor([[10 + step % 40], [11]])
+                    out, mask = extend(LLAVA, model, mask, tokens, past_key_values=out.past_key_values)
+            with torch.no_grad():
+                for step in range(70):
+                    tokens = torch.tensor([[10 + step % 40], [11]])
+                    out, mask = extend(LLAVA, model, mask, tokens, past_key_values=out.past_key_values)
+            out.past_key_values.crop(-1)
+        found.append(out.logits)
+    assert torch.equal(*found)
