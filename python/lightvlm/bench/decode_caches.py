@@ -21,7 +21,7 @@ from lightvlm_ext.ops import Selection
 from ..methods.kv_precision import KVPrecision
 from ..methods.zipvl import ZipVLPrefill
 from ..plan import Plan
-from ..runtime import attach
+from ..runtime import Run, attach
 from ..stored_attention import attend_stored
 from .cases._case import require
 from .cases.decode_attention import exactly
@@ -118,6 +118,7 @@ class Decoding:
         self.candidate, self.model = candidate, model
         self.batch, _, self.tokens, _ = states.key.shape
         self.done = 0
+        self._run: Run
         self.cache: Any = self._fill(states, room)
         self._token = torch.full((self.batch, 1), 7, device=model.device)
 
@@ -142,7 +143,7 @@ class Decoding:
 
         assert self.candidate.plan is not None
         cache = CompactCache(config, self.candidate.plan)
-        with attach(self.model, self.candidate.plan) as run:
+        with attach(self.model, self.candidate.plan) as run, run.reading(cache):
             cache.begin(run, [0] * self.batch)
             for index, layer in enumerate(cache.layers):
                 cache.update(states.key, states.value, index)
@@ -160,6 +161,7 @@ class Decoding:
             return
         with attach(self.model, self.candidate.plan) as run:
             self.cache.run = weakref.ref(run)
+            self._run = run
             yield
 
     def step(self) -> Tensor:
@@ -184,7 +186,8 @@ class Decoding:
             shape = (self.batch, layer.key_storage.shape[2], part.interval, layer.key_storage.shape[3])
             like = layer.key_storage
             key, value = (torch.randn(shape, dtype=like.dtype, device=like.device) for _ in range(2))
-            self.cache.update(key, value, index)
+            with self._run.reading(self.cache):
+                self.cache.update(key, value, index)
 
     def pack(self) -> None:
         """What a run does after a step: pack generated tokens if there are enough."""
