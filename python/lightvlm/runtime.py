@@ -30,7 +30,7 @@ from .report import Report
 from .session import Prefill
 from .sparse_attention import SparsePrefill
 from .statistics import Statistics, Timer
-from .stored_attention import attend_stored
+from .stored_attention import attend_stored, reads_quickly
 
 if TYPE_CHECKING:
     from .cache import CompactCache
@@ -109,7 +109,7 @@ class Run:
         self._cache: CompactCache | None = None
         self._layout: BatchLayout | None = None
         self._text: list[list[list[int]]] | None = None
-        self._prompt = False
+        self._prompt = self._own = False
         self._drafts = self._unsure = 0
         self._one_logit = False
         self._call: later.Call | None = None
@@ -258,7 +258,8 @@ class Run:
         if _is_compact(cache):
             cache.check_model(self._adapter.decoder.config)
         if _is_compact(cache) and cache.leftpad:
-            if cache.reads_itself:
+            self._own = cache.reads_itself
+            if self._own:
                 _check_new_tokens(inputs)
             cache.run = weakref.ref(self)
             self._cache = cache
@@ -409,7 +410,7 @@ class Run:
                     # at once, so that a prompt is never in 16 bits in more than one layer
                     assert self._cache is not None
                     self._cache.pack_prompt(None, self._unsure, text=self._text_places(), only=index)
-        elif layer is not None and layer.reads_itself:
+        elif layer is not None and (layer.reads_itself or (self._own and reads_quickly(query, layer))):
             out = attend_stored(query, layer, scale)
         else:
             out, weights = call(module, query, key, value, mask, **kwargs)
@@ -472,7 +473,7 @@ class Run:
         """Drop what belongs to one call of the model, also where the call before did not get to its end."""
         self._prefill = self._sparse = self._layout = self._cache = self._call = None
         self._text = None
-        self._prompt, self._unsure = False, 0
+        self._prompt, self._own, self._unsure = False, False, 0
         observer, self._observer = self._observer, None
         if observer is not None:
             with contextlib.suppress(ValueError):  # an interrupted call may have run in another context

@@ -29,12 +29,8 @@ def attend_stored(query: Tensor, layer: CompactLayer, scale: float | None) -> Te
 
     query (B, Hq, S, D).   Returns (B, S, Hq, D).
     """
-    new, width = query.shape[2], query.shape[3]
-    dense = layer.packed is None
-    value_width = layer.value_storage.shape[-1]
-    fits = (
-        width in PACKED_HEAD_DIMS and value_width == width and query.dtype == layer.key_storage.dtype
-    ) or not dense
+    new, dense = query.shape[2], layer.packed is None
+    fits = _fits(query, layer)
     if fits and (new == 1 or (new <= FEW and not (dense and layer.mass is None))):
         return _one_by_one(query, layer, scale)
     out = _laid_out(query, layer, scale)
@@ -44,6 +40,19 @@ def attend_stored(query: Tensor, layer: CompactLayer, scale: float | None) -> Te
         else:
             _add_mass(query, layer, scale)
     return out
+
+
+def reads_quickly(query: Tensor, layer: CompactLayer) -> bool:
+    """Whether one new token is attended straight from the segments. transformers' attention without a mask reads each
+    key once for every head of its group."""
+    return query.shape[2] == 1 and _fits(query, layer)
+
+
+def _fits(query: Tensor, layer: CompactLayer) -> bool:
+    """Whether decode_attention takes such heads; a layer is packed only where it does."""
+    width, stored = query.shape[3], layer.value_storage
+    same = stored.shape[-1] == width and query.dtype == layer.key_storage.dtype
+    return layer.packed is not None or (same and width in PACKED_HEAD_DIMS)
 
 
 def _one_by_one(query: Tensor, layer: CompactLayer, scale: float | None) -> Tensor:

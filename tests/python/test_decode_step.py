@@ -340,9 +340,10 @@ def test_a_cache_that_was_filled_by_hand(wide: Any) -> None:
     with torch.no_grad(), lightvlm.attach(wide, plan) as run:
         cache = CompactCache(wide.config, plan)
         cache.begin(run, [0, 3])
-        for index, layer in enumerate(cache.layers):
-            cache.update(*torch.randn(2, 2, heads[0], 50, heads[1]), index)
-            layer.begin([0, 3], 50, 50, False)
+        with run.reading(cache):
+            for index, layer in enumerate(cache.layers):
+                cache.update(*torch.randn(2, 2, heads[0], 50, heads[1]), index)
+                layer.begin([0, 3], 50, 50, False)
         with DecodeStep(run, cache, ahead=20, capture=record) as decode:
             for step in range(20):
                 assert decode.step(tokens_of(step, 2)).isfinite().all()

@@ -195,7 +195,8 @@ def test_a_short_prompt_is_packed_later(model: Any) -> None:
     expected = attached(model, lambda: generate_logits(model, inputs, 150))[1]
     cache = packed(model)
     found = generate_logits(model, inputs, 150, past_key_values=cache)[1]
-    check_logits(model, found, expected)
+    # prompts are all but empty, so what noise is measured on is not what a hundred tokens of another kernel differ by
+    check_logits(model, found, expected, first=0)
     store = cache.layers[0].packed
     assert store is not None
     assert (store.prompt[0].counts, store.generated[8].used) == ([64, 64], 64)

@@ -42,21 +42,17 @@ _STORED = {8: 0.02, 4: 0.25, 2: 1.0}
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to hold a cache.   kind: "dynamic" or "static" of transformers, or "compact".   bits: of a compact one.
-
-    shortened: as after a prompt whose image tokens were reduced, so that our attention reads it in 16 bits too.
-    """
+    """A way to hold a cache.   kind: "dynamic" or "static" of transformers, or "compact".   bits: of a compact one."""
 
     kind: str
     bits: str = "16"
-    shortened: bool = False
 
     @property
     def name(self) -> str:
         """For people."""
         if self.kind != "compact":
             return f"transformers sdpa, {self.kind} cache"
-        return f"lightvlm, {self.bits} bits" + (", shortened" if self.shortened else "")
+        return f"lightvlm, {self.bits} bits"
 
     @property
     def plan(self) -> Plan | None:
@@ -80,12 +76,10 @@ class Candidate:
 
 
 def candidates(bits: Sequence[str]) -> list[Candidate]:
-    """transformers' two caches, then ours; in 16 bits both as the model's own attention and as ours reads it."""
+    """transformers' two caches, then ours."""
     found = [Candidate("dynamic"), Candidate("static")]
     for one in bits:
         found.append(Candidate("compact", one))
-        if one == "16":
-            found.append(Candidate("compact", one, shortened=True))
     return found
 
 
@@ -147,7 +141,7 @@ class Decoding:
             cache.begin(run, [0] * self.batch)
             for index, layer in enumerate(cache.layers):
                 cache.update(states.key, states.value, index)
-                layer.begin([0] * self.batch, self.tokens, self.tokens, self.candidate.shortened)
+                layer.begin([0] * self.batch, self.tokens, self.tokens, False)
             selection = some_tokens(self.batch, self.tokens, states.key.device)
             selections = dict.fromkeys(range(len(cache.layers)), selection)
             cache.pack_prompt(selections if self.candidate.bits == "4/2" else None)
