@@ -36,10 +36,10 @@ def attached(model: Any, run: Any, plan: lightvlm.Plan = PLAN) -> Any:
         return run()
 
 
-def check_logits(model: Any, found: Tensor, expected: Tensor, first: int = 60) -> None:
+def check_logits(model: Any, found: Tensor, expected: Tensor, first: int = 60, share: int = 10) -> None:
     """Logits (B, T, V) of the same tokens.
 
-    Those before anything generated is packed, ``first`` of them, differ by noise; later ones by less than a tenth of
+    Those before anything generated is packed, ``first`` of them, differ by noise; later ones by less than a ``share`` of
     what packing does to logits, as a code that noise rounds the other way is one step off.
     """
     inputs = LLAVA.batch(EQUAL)
@@ -51,7 +51,7 @@ def check_logits(model: Any, found: Tensor, expected: Tensor, first: int = 60) -
     assert limit < packing / 50
     if first:
         assert (found - expected)[:, :first].abs().max() <= limit
-    assert (found - expected).abs().max() <= packing / 10
+    assert (found - expected).abs().max() <= packing / share
 
 
 @pytest.mark.parametrize("capacity", [None, 300])
@@ -195,8 +195,8 @@ def test_a_short_prompt_is_packed_later(model: Any) -> None:
     expected = attached(model, lambda: generate_logits(model, inputs, 150))[1]
     cache = packed(model)
     found = generate_logits(model, inputs, 150, past_key_values=cache)[1]
-    # prompts are all but empty, so what noise is measured on is not what a hundred tokens of another kernel differ by
-    check_logits(model, found, expected, first=0)
+    # the attached model reads its buffer with another kernel all the while, so more codes are rounded the other way
+    check_logits(model, found, expected, first=0, share=5)
     store = cache.layers[0].packed
     assert store is not None
     assert (store.prompt[0].counts, store.generated[8].used) == ([64, 64], 64)
