@@ -39,8 +39,8 @@ def attached(model: Any, run: Any, plan: lightvlm.Plan = PLAN) -> Any:
 def check_logits(model: Any, found: Tensor, expected: Tensor, first: int = 60, share: int = 10) -> None:
     """Logits (B, T, V) of the same tokens.
 
-    Those before anything generated is packed, ``first`` of them, differ by noise; later ones by less than a ``share`` of
-    what packing does to logits, as a code that noise rounds the other way is one step off.
+    Those before anything generated is packed, ``first`` of them, differ by noise; later ones by less than a ``share``
+    of what packing does to logits, as a code that noise rounds the other way is one step off.
     """
     inputs = LLAVA.batch(EQUAL)
     limit = 4 * noise(model, LLAVA, EQUAL) + 1e-5
