@@ -146,7 +146,7 @@ run_decoder() {
 run_decode() {
     local most
     most=$(($(left) < 330 ? $(left) : 330))
-    part decode 60 "$most" bash -c "'$python' -m lightvlm bench decode --device cuda --geometry qwen2.5-vl-7b \
+    part decode 60 "$most" bash -c "'$python' -m lightvlm bench decode --device cuda --loop --geometry qwen2.5-vl-7b \
         --tokens 8192 32768 --batch 1 8 32 --seconds $((most > 90 ? most - 45 : 45)) --json >'$out/decode.json'"
 }
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from .cache import CompactCache
+from .calls import replaceable
 from .decode_step import DecodeStep, capture_on, why_not
 from .models import find_adapter
 from .models.base import attention_kinds
 from .plan import Plan
-from .runtime import Run, _replaceable, attach
+from .runtime import Run, attach
 
 _MODES = ("greedy_search", "sample")
 
@@ -115,7 +116,7 @@ def _give_compact_cache(run: Run, model_kwargs: dict[str, Any]) -> None:
         return
     if cache is None and model_kwargs.get("use_cache"):  # older transformers leaves it to the model
         model_kwargs["past_key_values"] = CompactCache(config)
-    elif cache is not None and _replaceable(cache) and cache.get_seq_length() == 0:
+    elif cache is not None and replaceable(cache) and cache.get_seq_length() == 0:
         CompactCache(config).take_place_of(cache)
 
 

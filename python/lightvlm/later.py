@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .calls import tokens_of
 from .host import upload
 from .layout import PADDING, TEXT, BatchLayout, LayoutError, RowLayout
 from .methods.base import AttentionPart
@@ -119,11 +120,6 @@ class Call:
             for whole, row, image in zip(self.anew.rows, level.rows, first, strict=True)
         ]
         return self.new - min(gone)
-
-
-def tokens_of(inputs: dict[str, Any]) -> Tensor | None:
-    """input_ids (B, S) or inputs_embeds (B, S, C) of a call."""
-    return inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
 
 
 def start(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import attention_hook, later
+from . import attention_hook, calls, later
 from .flops import head_width
-from .layout import BatchLayout, LayoutError, RowLayout, read_layout
+from .layout import BatchLayout, LayoutError, read_layout
 from .methods.base import AttentionPart, PrecisionPart, PrefillPart
 from .models import find_adapter
 from .models.base import Adapter
 from .packing import check_storage
 from .plan import Plan
 from .report import Report
-from .session import Prefill
+from .session import Prefill, text_places
 from .sparse_attention import SparsePrefill
 from .statistics import Statistics, Timer
 from .stored_attention import attend_stored, reads_quickly
@@ -255,12 +255,12 @@ class Run:
     def _continue(self, cache: Any, inputs: dict[str, Any], drafts: int, one_logit: bool) -> None:
         """More tokens on a filled cache: they are all appended, and image tokens among them are not reduced, unless
         they are a question to what was dropped."""
-        if _is_compact(cache):
+        if calls.is_compact(cache):
             cache.check_model(self._adapter.decoder.config)
-        if _is_compact(cache) and cache.leftpad:
+        if calls.is_compact(cache) and cache.leftpad:
             self._own = cache.reads_itself
             if self._own:
-                _check_new_tokens(inputs)
+                calls.check_new_tokens(inputs)
             cache.run = weakref.ref(self)
             self._cache = cache
             if cache.transcript is not None and later.resume(self, cache, inputs, drafts, one_logit):
@@ -276,9 +276,9 @@ class Run:
         self.kept = {}
         if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
             return None  # the model says it better
-        replaceable = cache is None or _replaceable(cache)
+        replaceable = cache is None or calls.replaceable(cache)
         if not replaceable:
-            self._step_aside(f"{_describe(cache)} was given; leave it out or pass a CompactCache")
+            self._step_aside(f"{calls.describe(cache)} was given; leave it out or pass a CompactCache")
         mask = inputs.get("attention_mask")
         try:
             if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
@@ -296,7 +296,7 @@ class Run:
         drops = self._sparse is not None and self._sparse.part.unimportant == "drop"
         parts = self.plan.cache is not None or self.plan.precision is not None
         needed = self._prefill is not None or parts or drops
-        if _is_compact(cache) or (needed and (use_cache or cache is not None)):
+        if calls.is_compact(cache) or (needed and (use_cache or cache is not None)):
             self._cache = own = inputs["past_key_values"] = self._own_cache(cache, self._layout)
             later.start(self, own, inputs, self._layout, one_logit)
         return None
@@ -332,9 +332,9 @@ class Run:
     def _own_cache(self, cache: Any, layout: BatchLayout) -> CompactCache:
         from .cache import CompactCache
 
-        if _is_compact(cache):
+        if calls.is_compact(cache):
             cache.check_model(self._adapter.decoder.config)
-        own = cache if _is_compact(cache) else CompactCache(self._adapter.decoder.config, self.plan)
+        own = cache if calls.is_compact(cache) else CompactCache(self._adapter.decoder.config, self.plan)
         if cache is not None and own is not cache:
             own = own.take_place_of(cache)
         own.begin(self, [row.leftpad for row in layout.rows])
@@ -431,7 +431,7 @@ class Run:
     def _finish(self, output: Any) -> None:
         cache = self._cache
         if cache is not None and not self._prompt:
-            self._stats.compactions += cache.step(_new_tokens(output), self._unsure)
+            self._stats.compactions += cache.step(calls.new_tokens(output), self._unsure)
         if self._timer is not None:
             self._stats.add_time("prefill" if self._prompt else "decode", self._timer.stop())
         if self._prompt and self._layout is not None:
@@ -457,16 +457,7 @@ class Run:
             return None
         if self._text is not None:
             return self._text
-        layout, depth = self._layout, len(self._adapter.layers)
-        levels: list[tuple[Sequence[RowLayout], list[int]]] = []
-        for index in range(depth):
-            level = self._prefill.tokens_at(index) if self._prefill is not None else None
-            starts = [row.leftpad for row in layout.rows] if level is None else level.starts
-            levels.append((layout.rows if level is None else level.rows, starts))
-        self._text = [
-            [[start + at for at in row.text_positions()] for row, start in zip(rows, starts, strict=True)]
-            for rows, starts in levels
-        ]
+        self._text = text_places(self._layout, self._prefill, len(self._adapter.layers))
         return self._text
 
     def _forget(self) -> None:
@@ -488,42 +479,3 @@ class _LayerHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.run._before_layer(self.index, args, kwargs)
-
-
-def _new_tokens(output: Any) -> int:
-    """Tokens that the base model just computed."""
-    hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
-    return int(hidden.shape[1])
-
-
-def _is_compact(cache: Any) -> bool:
-    from .cache import CompactCache
-
-    return isinstance(cache, CompactCache)
-
-
-def _replaceable(cache: Any) -> bool:
-    """An empty dynamic cache holds nothing that ours would lose; any other kind was chosen on purpose."""
-    plain = type(cache).__name__ == "DynamicCache" and not getattr(cache, "offloading", False)
-    return plain or _is_compact(cache)
-
-
-def _describe(cache: Any) -> str:
-    offloaded = getattr(cache, "offloading", False)
-    return f"{'an offloaded' if offloaded else 'a'} {type(cache).__name__}"
-
-
-def _check_new_tokens(inputs: dict[str, Any]) -> None:
-    """Refuse new tokens that a shortened cache cannot tell apart: it knows where keys stand, not which to skip."""
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise ValueError("attention_mask must be a 2-D padding mask on a cache that a plan has shortened")
-    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-    new = 1 if tokens is None else tokens.shape[1]
-    if new > 1 and not bool(mask[:, -new:].all()):  # single tokens are never padding, and must not wait
-        raise ValueError(
-            "attention_mask has padding among the new tokens, which a cache that a plan has shortened cannot skip; "
-            "continue rows of different length one by one"
-        )

@@ -192,6 +192,20 @@ class Prefill:
             self._inputs["position_ids"] = _tokens_back(cut[4], position_ids.dim() + 1)[..., 0]
 
 
+def text_places(layout: BatchLayout, prefill: Prefill | None, layers: int) -> list[list[list[int]]]:
+    """For each layer and row, where text stands in what the layer computes on."""
+    found = []
+    for index in range(layers):
+        level = prefill.tokens_at(index) if prefill is not None else Level(layout.rows, layout.length)
+        found.append(
+            [
+                [start + at for at in row.text_positions()]
+                for row, start in zip(level.rows, level.starts, strict=True)
+            ]
+        )
+    return found
+
+
 def _tokens_second(x: Tensor, batch: int) -> Tensor:
     """(..., B or 1, S, D) as (B, S, ..., D): rotary tables may
     have M-RoPE's axes in front, or one shared row."""

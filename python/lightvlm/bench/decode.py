@@ -45,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="that a cache holds")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--bits", choices=BITS, nargs="+", default=["16", "8", "4", "4/2"])
+    parser.add_argument(
+        "--loop",
+        action="store_true",
+        help="also with the steps of lightvlm.generate, on a GPU a CUDA graph",
+    )
     parser.add_argument("--steps", type=int, default=4, help="tokens decoded in a round, timed together")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default="cpu")

@@ -18,6 +18,7 @@ from torch import Tensor
 from lightvlm_ext import ops
 from lightvlm_ext.ops import Selection
 
+from ..decode_step import DecodeStep
 from ..methods.kv_precision import KVPrecision
 from ..methods.zipvl import ZipVLPrefill
 from ..plan import Plan
@@ -42,17 +43,22 @@ _STORED = {8: 0.02, 4: 0.25, 2: 1.0}
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to hold a cache.   kind: "dynamic" or "static" of transformers, or "compact".   bits: of a compact one."""
+    """A way to hold a cache, and to decode on it.
+
+    kind: "dynamic" or "static" of transformers, or "compact".   bits: of a compact one.   loop: whether its steps are
+    those of lightvlm.generate, on a GPU a CUDA graph; otherwise calls of the model.
+    """
 
     kind: str
     bits: str = "16"
+    loop: bool = False
 
     @property
     def name(self) -> str:
         """For people."""
         if self.kind != "compact":
             return f"transformers sdpa, {self.kind} cache"
-        return f"lightvlm, {self.bits} bits"
+        return f"lightvlm, {self.bits} bits" + (", decode loop" if self.loop else "")
 
     @property
     def plan(self) -> Plan | None:
@@ -75,11 +81,13 @@ class Candidate:
         return 1.0 if self.share() == 1.0 else 1.0 + self.share()
 
 
-def candidates(bits: Sequence[str]) -> list[Candidate]:
-    """transformers' two caches, then ours."""
+def candidates(bits: Sequence[str], loop: bool = False) -> list[Candidate]:
+    """transformers' two caches, then ours; each with the decode loop, too, where it is asked for."""
     found = [Candidate("dynamic"), Candidate("static")]
     for one in bits:
         found.append(Candidate("compact", one))
+        if loop:
+            found.append(Candidate("compact", one, loop=True))
     return found
 
 
@@ -113,6 +121,8 @@ class Decoding:
         self.batch, _, self.tokens, _ = states.key.shape
         self.done = 0
         self._run: Run
+        self._loop: DecodeStep | None = None
+        self._room = room
         self.cache: Any = self._fill(states, room)
         self._token = torch.full((self.batch, 1), 7, device=model.device)
 
@@ -153,17 +163,28 @@ class Decoding:
         if self.candidate.plan is None:
             yield
             return
+        if self._loop is not None:  # a graph outlives the hooks, its run comes back with it
+            self._run._put_on()
+            try:
+                yield
+            finally:
+                self._run.detach()
+            return
         with attach(self.model, self.candidate.plan) as run:
             self.cache.run = weakref.ref(run)
             self._run = run
+            if self.candidate.loop:
+                self._loop = DecodeStep(run, self.cache, positions=self._positions(), ahead=self._room)
             yield
 
     def step(self) -> Tensor:
         """One token a row through the whole decoder, as generate() calls it; logits (B, V)."""
-        at = torch.full((3, self.batch, 1), self.tokens + self.done, device=self.model.device)
+        if self._loop is not None:
+            self.done += 1
+            return self._loop.step(self._token)
         output = self.model(
             input_ids=self._token,
-            position_ids=at,
+            position_ids=self._positions(),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -172,6 +193,10 @@ class Decoding:
         self.done += 1
         logits: Tensor = output.logits[:, -1]
         return logits
+
+    def _positions(self) -> Tensor:
+        """Of the next token, on three axes."""
+        return torch.full((3, self.batch, 1), self.tokens + self.done, device=self.model.device)
 
     def make_ready_to_pack(self) -> None:
         """Append so many random tokens that the next :meth:`pack` packs a block of each layer."""

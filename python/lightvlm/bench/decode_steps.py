@@ -79,7 +79,7 @@ class _Size:
 
     def rows(self) -> Iterator[Row]:
         """One row a candidate."""
-        listed = candidates(self.args.bits)
+        listed = candidates(self.args.bits, self.args.loop)
         dense, room = self.states.nbytes * depth(self.args), _FREE * available(self.device)
         # a layer that is copied, and what is not packed yet of a cache that is being filled
         spare = 4 * self.states.nbytes
@@ -114,7 +114,11 @@ class _Size:
         self.times |= times
         for name, decoding in decodings.items():
             self.found[name]["decoded_tokens"] = decoding.done
-            if decoding.candidate.kind == "compact" and decoding.candidate.bits != "16":
+            if (
+                decoding.candidate.kind == "compact"
+                and decoding.candidate.bits != "16"
+                and not decoding.candidate.loop
+            ):
                 self.found[name]["packing_seconds"] = self._packing(decoding)
 
     def _time(self, decoding: Decoding, steps: int) -> float:
