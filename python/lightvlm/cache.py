@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from .buffers import check_rows
 from .cache_file import load_cache, of_another_model, save_cache
-from .cache_layer import SLACK, CompactLayer, check_rows
+from .cache_layer import SLACK, CompactLayer
 from .methods.base import CachePart, PrecisionPart
 from .models.base import attention_kinds
 from .packed_eviction import evict_packed

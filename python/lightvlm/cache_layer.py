@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from lightvlm_ext import ops
 from lightvlm_ext.ops import KVSegment, PackedKV
 
+from .buffers import check_rows, fits, token_major, zeros
 from .host import upload
 from .packed_store import PackedStore
 
@@ -82,12 +83,12 @@ class CompactLayer(CacheLayerMixin):
         batch, _, length, _ = key_states.shape
         fixed = self.capacity is not None and not self.will_be_packed
         room = self.capacity if fixed and self.capacity is not None else length + SLACK
-        if _fits(self.key_storage, key_states, room) and _fits(self.value_storage, value_states, room):
+        if fits(self.key_storage, key_states, room) and fits(self.value_storage, value_states, room):
             self.key_storage.zero_()
             self.value_storage.zero_()
         else:
-            self.key_storage = _token_major(key_states, room)
-            self.value_storage = _token_major(value_states, room)
+            self.key_storage = token_major(key_states, room)
+            self.value_storage = token_major(value_states, room)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.starts, self.ends = [0] * batch, [0] * batch
         self.mass = self._mass_buffer()
@@ -144,8 +145,8 @@ class CompactLayer(CacheLayerMixin):
         room = self.capacity if fixed and self.capacity is not None else used + slack
         if used > room:
             raise ValueError(f"capacity of the cache is {self.capacity} tokens; the file holds {used}")
-        self.key_storage = _token_major(key.transpose(1, 2), room, copy=used)
-        self.value_storage = _token_major(value.transpose(1, 2), room, copy=used)
+        self.key_storage = token_major(key.transpose(1, 2), room, copy=used)
+        self.value_storage = token_major(value.transpose(1, 2), room, copy=used)
         self.dtype, self.device, self.is_initialized = key.dtype, key.device, True
         self.mass = self._mass_buffer()
         if self.mass is not None and mass is not None:
@@ -201,8 +202,8 @@ class CompactLayer(CacheLayerMixin):
     def _resize(self, room: int) -> None:
         """Move what is stored into buffers of so many rows."""
         used = max(self.ends)
-        self.key_storage = _token_major(self.key_storage.transpose(1, 2), room, copy=used)
-        self.value_storage = _token_major(self.value_storage.transpose(1, 2), room, copy=used)
+        self.key_storage = token_major(self.key_storage.transpose(1, 2), room, copy=used)
+        self.value_storage = token_major(self.value_storage.transpose(1, 2), room, copy=used)
         if self.mass is not None:
             before = self.mass[:, :, :used].clone()
             self.mass = self._mass_buffer()
@@ -422,8 +423,8 @@ class CompactLayer(CacheLayerMixin):
         keys = self.key_storage[:, :used].index_select(0, on_device)
         values = self.value_storage[:, :used].index_select(0, on_device)
         if len(rows) != len(self.ends):  # otherwise the buffers stay where they are
-            self.key_storage = _buffer(keys, len(rows), *self.key_storage.shape[1:])
-            self.value_storage = _buffer(values, len(rows), *self.value_storage.shape[1:])
+            self.key_storage = zeros(keys, len(rows), *self.key_storage.shape[1:])
+            self.value_storage = zeros(values, len(rows), *self.value_storage.shape[1:])
         self.key_storage[:, :used], self.value_storage[:, :used] = keys, values
         if self.mass is not None:
             taken = self.mass[:, :, :used].index_select(0, on_device)
@@ -465,38 +466,3 @@ class CompactLayer(CacheLayerMixin):
         # from shapes alone: this runs for every layer at every token
         width = sum(math.prod(storage.shape[2:]) for storage in (self.key_storage, self.value_storage))
         return width * self.key_storage.element_size()
-
-
-def _token_major(states: Tensor, room: int, copy: int = 0) -> Tensor:
-    """A buffer (B, room, H, D) for states (B, H, S, D), with their first ``copy`` tokens in it."""
-    batch, heads, _, width = states.shape
-    buffer = _buffer(states, batch, room, heads, width)
-    buffer[:, :copy] = states[:, :, :copy].detach().transpose(1, 2)
-    return buffer
-
-
-def _buffer(like: Tensor, *shape: int) -> Tensor:
-    """Zeros: a masked key still meets a weight of 0, which what lies about in fresh memory need not survive."""
-    with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
-
-
-def _fits(buffer: Tensor, states: Tensor, room: int) -> bool:
-    """Whether a buffer of an earlier use is what :func:`_token_major` would make."""
-    batch, heads, _, width = states.shape
-    same = buffer.dtype == states.dtype and buffer.device == states.device
-    return same and buffer.shape == (batch, room, heads, width)
-
-
-def check_rows(indices: Tensor, batch: int) -> None:
-    """Raise a ValueError unless indices (B',) are rows of a batch, as far as the host knows."""
-    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"indices must be a vector of integers, got {indices.dtype} of shape {tuple(indices.shape)}"
-        )
-    if not len(indices):
-        raise ValueError("indices must name at least one row, got none")
-    if indices.device.type == "cpu" and batch >= 0:
-        low, high = int(indices.min()), int(indices.max())
-        if low < 0 or high >= batch:
-            raise ValueError(f"indices must be rows of the cache, 0 to {batch - 1}, got {low} to {high}")

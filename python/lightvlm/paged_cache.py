@@ -14,9 +14,9 @@ from torch import Tensor
 from lightvlm_ext import OutOfPages
 
 from .block_rows import missing
+from .buffers import check_rows
 from .cache import CompactCache
 from .cache_file import load_cache
-from .cache_layer import check_rows
 from .host import upload
 from .paged_conversion import to_pages
 from .paged_layer import PagedLayer

@@ -15,7 +15,8 @@ from lightvlm_ext import OutOfPages
 from lightvlm_ext.ops import KVSegment, PackedKV
 
 from .block_rows import BlockRows
-from .cache_layer import SLACK, CompactLayer, check_rows
+from .buffers import check_rows
+from .cache_layer import SLACK, CompactLayer
 from .paged_conversion import to_buffer
 from .pages import KVPages
 from .paging import reserve
