@@ -353,7 +353,8 @@ class CompactCache(Cache):
             layer.shrink()
 
     def save(self, path: str | Path) -> None:
-        """Write the cache to a file in the safetensors format: what is stored, packed as it is, and the plan."""
+        """Write the cache to a file in the safetensors format: what is stored, packed as it is, the plan, and what a
+        later question needs to have the conversation read anew."""
         save_cache(self, path)
 
     @classmethod

@@ -15,6 +15,7 @@ from lightvlm_ext.ops import KVSegment, PackedKV
 from .cache_layer import SLACK, CompactLayer
 from .packed_store import GrowingKV, PackedStore, PromptKV
 from .plan import Plan
+from .transcript import Transcript
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -49,6 +50,9 @@ def save_cache(cache: CompactCache, path: str | Path) -> None:
         "since_compaction": cache.since_compaction,
         "layers": layers,
     }
+    if cache.transcript is not None:
+        about["transcript"], said = cache.transcript.state()
+        tensors |= {f"transcript.{name}": x for name, x in said.items()}
     save_file({name: x.contiguous().clone() for name, x in tensors.items()}, path, {_KEY: json.dumps(about)})
 
 
@@ -71,6 +75,13 @@ def load_cache(
         if found != wanted:
             raise ValueError(f"{path} is {of_another_model(found, wanted)}")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it has no __iter__
+    if "transcript" in about:
+        said = {
+            name.removeprefix("transcript."): x.cpu()
+            for name, x in tensors.items()
+            if name.startswith("transcript.")
+        }
+        cache.transcript = Transcript.from_state(about["transcript"], said, device)
     cache.leftpad, cache.since_compaction = about["leftpad"], about["since_compaction"]
     for index, (layer, state) in enumerate(zip(cache.layers, about["layers"], strict=True)):
         own = {

@@ -224,6 +224,44 @@ class Transcript:
         ]
         self._code_rows = rows if self._code_rows is None else self._code_rows.index_select(0, rows)
 
+    # -- in a file
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All of it, as JSON-ready data and tensors."""
+        tensors: dict[str, Tensor] = {}
+        if self.length:
+            tensors["ids"] = self._ids[:, : self.length]
+            tensors["positions"] = self._positions[:, :, : self.length]
+        if self._codes is not None:
+            codes = self._codes
+            tensors["codes"] = codes if self._code_rows is None else codes[self._code_rows.cpu()]
+        held = []
+        for number, one in enumerate(self._held):
+            rows = slice(None) if one.rows is None else one.rows.to(one.states.device)
+            tensors[f"held.{number}"] = one.states[rows]
+            if one.scale is not None:
+                tensors[f"scale.{number}"] = one.scale[rows]
+            held.append([one.start, one.tokens])
+        about = {"keep": self.keep, "length": self.length, "dropped": self.dropped, "obstacle": self.obstacle}
+        return {**about, "held": held}, tensors
+
+    @classmethod
+    def from_state(
+        cls, about: dict[str, Any], tensors: dict[str, Tensor], device: str | torch.device
+    ) -> Transcript:
+        """What :meth:`state` gave, for a cache on a device; tensors on the CPU."""
+        own = cls(about["keep"])
+        own.length, own.dropped, own.obstacle = about["length"], about["dropped"], about["obstacle"]
+        if "ids" in tensors:
+            own._ids, own._positions = tensors["ids"].to(device), tensors["positions"].to(device)
+        own._codes = tensors.get("codes")
+        for number, (start, tokens) in enumerate(about["held"]):
+            states, scale = tensors[f"held.{number}"], tensors.get(f"scale.{number}")
+            if scale is not None:  # in 8 bits it stays on the device
+                states, scale = states.to(device), scale.to(device)
+            own._held.append(_Held(start, tokens, states, scale))
+        return own
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Transcript:
         """A copy that goes on by itself; what is held of the past is shared."""
         own = Transcript(self.keep)

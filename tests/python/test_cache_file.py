@@ -61,6 +61,37 @@ def test_a_loaded_cache_goes_on(model: Any, name: str, capacity: int | None, tmp
             assert torch.equal(longer, mask)
 
 
+@pytest.mark.parametrize("keep", ["offload", "quantize", "drop"])
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_later_question_to_a_loaded_cache(model: Any, keep: str, paged: bool, tmp_path: Path) -> None:
+    """What was dropped is read anew as if the conversation had never been a file; with "drop" the report says so."""
+    from python.talk import ANSWER, QUESTION, Conversation
+    from python.test_prefill import ROWS
+
+    plan = lightvlm.Plan(lightvlm_plan().prefill, COMPACTION, keep_for_later=keep)  # type: ignore[arg-type]
+    path = tmp_path / "cache.safetensors"
+    with torch.no_grad(), lightvlm.attach(model, plan) as run:
+        talk = Conversation(model, LLAVA, ROWS)
+        talk.read()
+        talk.answer(ANSWER)
+        talk.cache.reorder_cache(torch.tensor([1, 0, 3, 2]))
+        talk.cache.reorder_cache(torch.tensor([1, 0, 3, 2]))
+        talk.cache.save(path)
+        expected = talk.fork().say(QUESTION).logits
+        if paged:
+            pages = lightvlm.KVPages(model.config, pages=300, page_size=16)
+            talk.cache = lightvlm.PagedCompactCache.load(path, model.config, pages=pages)
+        else:
+            talk.cache = CompactCache.load(path, model.config)
+        found = talk.say(QUESTION).logits
+    assert (found - expected).abs().max() <= (1e-4 if keep != "quantize" else 1e-3)
+    if keep == "drop":
+        assert run.report().reread == 0
+        assert any("keep_for_later='drop'" in reason for reason in run.report().stepped_aside)
+    else:
+        assert run.report().reread == 2
+
+
 def test_an_empty_cache(model: Any, tmp_path: Path) -> None:
     CompactCache(model.config).save(tmp_path / "cache.safetensors")
     cache = CompactCache.load(tmp_path / "cache.safetensors", model.config)
