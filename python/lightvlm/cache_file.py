@@ -38,6 +38,10 @@ def save_cache(cache: CompactCache, path: str | Path) -> None:
     """Write what the cache stores, and the plan it follows; buffers without their free rows."""
     from safetensors.torch import save_file
 
+    if cache.transcript is not None and cache.transcript.unfinished:
+        raise ValueError("the cache's conversation was being read anew when a call failed; reset it")
+    if any(layer.live is not None for layer in cache.layers):
+        raise ValueError("the cache is being stepped; close the DecodeStep first")
     tensors: dict[str, Tensor] = {}
     layers = [
         _save_layer(layer.in_buffer(), f"{index}.", tensors) for index, layer in enumerate(cache.layers)
@@ -64,7 +68,8 @@ def load_cache(
 
     from .cache import CompactCache
 
-    with safe_open(path, framework="pt", device=str(device)) as file:
+    # tensors made in inference mode could not be written outside it
+    with torch.inference_mode(False), safe_open(path, framework="pt", device=str(device)) as file:
         about = json.loads((file.metadata() or {}).get(_KEY, "{}"))
         if about.get("format") != FORMAT:
             raise ValueError(

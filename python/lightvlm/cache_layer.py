@@ -154,6 +154,8 @@ class CompactLayer(CacheLayerMixin):
         for name, saved in state.items():
             setattr(self, name, saved)
         self._bounds = None
+        if self.capacity is not None and self.held > self.capacity:
+            raise ValueError(f"capacity of the cache is {self.capacity} tokens; the file holds {self.held}")
 
     def in_buffer(self) -> CompactLayer:
         """The layer, or one that holds the same in a buffer."""

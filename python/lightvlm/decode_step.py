@@ -130,6 +130,7 @@ class DecodeStep:
         if self._said and self._cache.transcript is not None:
             self._cache.transcript.add_decoded(torch.cat(self._said, dim=1), self._positions)
             self._said = []
+            self._run._stats.add_later(False, self._cache.transcript.nbytes)
         self._run._stats.add_cache(self._cache)
 
     @torch.no_grad()
@@ -137,15 +138,16 @@ class DecodeStep:
         """Logits (B, V) after one token a row, (B, 1) or (B,) integers; they stay until the next step.
 
         Raises:
-            ValueError: not a token for each row, or a fixed capacity of the cache is used up; nothing is changed.
+            ValueError: not a token for each row, a fixed capacity of the cache is used up, or the run is detached;
+                nothing is changed.
         """
+        if not self._run.attached:
+            raise ValueError("the run is detached, and with it nobody reads the cache")
         rows = self._tokens.shape[0]
         if tuple(tokens.shape) not in ((rows,), (rows, 1)) or tokens.is_floating_point():
             raise ValueError(f"tokens must be ({rows}, 1) integers, got {tuple(tokens.shape)} {tokens.dtype}")
         self._live.check_room()
         self._tokens.copy_(tokens.reshape(-1, 1))
-        if self._cache.transcript is not None:
-            self._said.append(self._tokens.clone())
         timer, stats = Timer(self._tokens.device), self._run._stats
         if self._capture is not None and self._replay is None and self._loaded:
             self._take(self._capture)
@@ -161,6 +163,8 @@ class DecodeStep:
                 self._live.take_back()
                 raise
             self._loaded = True
+        if self._cache.transcript is not None:
+            self._said.append(self._tokens.clone())
         with observe(stats.add_op):  # while the device is at work
             stats.compactions += self._live.advance()
         if (

@@ -96,8 +96,8 @@ class LiveCache:
             layer.live = LiveLayer(bounds, rows, at, queries, before.shape[1], ahead)
             layer._bounds = None
             layer.bounds()
-            if layer.capacity is None and not layer.will_be_packed:
-                self._make_room(layer, max(1, min(ahead, self._room(layer))))
+            grows = layer.capacity is None and not layer.will_be_packed
+            self._make_room(layer, max(1, min(ahead, self._room(layer))) if grows else 1)
 
     @contextmanager
     def step(self) -> Iterator[None]:

@@ -242,14 +242,16 @@ class Run:
             raise ValueError(
                 "past_key_values is a cache whose conversation was being read anew when a call failed; reset it"
             )
-        if cache is not None and cache.get_seq_length() > 0:
-            self._continue(cache, inputs, drafts, one_logit)
-        else:
-            self._begin(cache, inputs, drafts, one_logit)
         self._observer = self._observe(self._stats.add_op)
         self._observer.__enter__()
-        if self._cache is not None and self._cache.waits:  # drafts that were wrong have been cropped by now
-            self._stats.compactions += self._cache.step(0)
+        try:
+            if cache is not None and cache.get_seq_length() > 0:
+                self._continue(cache, inputs, drafts, one_logit)
+            else:
+                self._begin(cache, inputs, drafts, one_logit)
+        except BaseException:
+            self._forget()
+            raise
         return (), inputs
 
     def _continue(self, cache: Any, inputs: dict[str, Any], drafts: int, one_logit: bool) -> None:
@@ -263,6 +265,8 @@ class Run:
                 calls.check_new_tokens(inputs)
             cache.run = weakref.ref(self)
             self._cache = cache
+            if cache.waits:  # drafts that were wrong have been cropped by now
+                self._stats.compactions += cache.step(0)
             if cache.transcript is not None and later.resume(self, cache, inputs, drafts, one_logit):
                 return
         if self._reduces and self._adapter.has_pixels(inputs):
@@ -410,7 +414,9 @@ class Run:
                     # at once, so that a prompt is never in 16 bits in more than one layer
                     assert self._cache is not None
                     self._cache.pack_prompt(None, self._unsure, text=self._text_places(), only=index)
-        elif layer is not None and (layer.reads_itself or (self._own and reads_quickly(query, layer))):
+        elif layer is not None and (
+            layer.reads_itself or (self._own and self._original != "eager" and reads_quickly(query, layer))
+        ):
             out = attend_stored(query, layer, scale)
         else:
             out, weights = call(module, query, key, value, mask, **kwargs)
@@ -452,7 +458,7 @@ class Run:
 
     def _text_places(self) -> list[list[list[int]]] | None:
         """For each layer and row, where text stands in the buffer that the prompt filled; None where nobody asks."""
-        precision = self.plan.precision
+        precision = self._cache.plan.precision if self._cache is not None else None
         if not (isinstance(precision, PrecisionPart) and precision.keep_text) or self._layout is None:
             return None
         if self._text is not None:

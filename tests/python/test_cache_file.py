@@ -118,3 +118,31 @@ def test_bad_files(model: Any, tmp_path: Path) -> None:
         CompactCache.load(path, model.config, capacity=held - 1)
     with pytest.raises(OSError, match="nowhere"):
         CompactCache.load(tmp_path / "nowhere", model.config)
+
+
+def test_what_a_failed_reading_left_is_not_saved(model: Any, tmp_path: Path) -> None:
+    from lightvlm.transcript import Transcript
+
+    cache = CompactCache(model.config)
+    cache.transcript = Transcript("offload")
+    cache.transcript.unfinished = True
+    with pytest.raises(ValueError, match="conversation was being read anew when a call failed; reset it"):
+        cache.save(tmp_path / "cache.safetensors")
+
+
+def test_loading_in_inference_mode_and_into_too_little_room(model: Any, tmp_path: Path) -> None:
+    path, inputs = tmp_path / "cache.safetensors", prompt(LLAVA, LONG)
+    plan = PLANS["packed-compacted"]
+    with torch.no_grad(), lightvlm.attach(model, plan):
+        cache = model(**inputs).past_key_values
+        cache.save(path)
+        held = cache.layers[0].held
+        with pytest.raises(ValueError, match=f"capacity of the cache is 8 tokens; the file holds {held}"):
+            CompactCache.load(path, model.config, capacity=8)
+        with torch.inference_mode():
+            loaded = CompactCache.load(path, model.config)
+        mask = inputs["attention_mask"]
+        for step in range(80):
+            tokens = torch.tensor([[5 + step % 20], [6]])
+            out, mask = extend(LLAVA, model, mask, tokens, past_key_values=loaded)
+        assert out.logits.isfinite().all()

@@ -367,3 +367,29 @@ def test_a_used_up_capacity_changes_nothing(model: Any, family: Family) -> None:
                 decode.step(tokens_of(2, len(ROWS)))
             assert [layer.bounds()[1].tolist() for layer in cache.layers] == before
     assert cache.get_seq_length() == length + 2
+
+
+def test_a_packing_plan_whose_buffer_is_full(wide: Any) -> None:
+    """A short prompt is not packed, and a long question fills its buffer to the last place."""
+    plan = lightvlm.Plan(precision=lightvlm.KVPrecision())
+    inputs = prompt(LLAVA, [[1, 2, 3]])
+    with torch.no_grad(), lightvlm.attach(wide, plan) as run:
+        out = wide(**inputs)
+        cache = out.past_key_values
+        free = cache.layers[0].key_storage.shape[1] - cache.layers[0].ends[0]
+        extend(LLAVA, wide, inputs["attention_mask"], torch.ones(1, free).long(), past_key_values=cache)
+        with DecodeStep(run, cache) as decode:
+            for step in range(3):
+                assert decode.step(tokens_of(step, 1)).isfinite().all()
+    assert cache.get_seq_length() == 3 + free + 3
+
+
+def test_a_run_that_is_detached_in_the_middle(wide: Any) -> None:
+    with torch.no_grad(), lightvlm.attach(wide, PLANS["none"]) as run:
+        cache = read_prompt(wide, run, LONG).past_key_values
+        with DecodeStep(run, cache) as decode:
+            decode.step(tokens_of(0, 2))
+            run.detach()
+            with pytest.raises(ValueError, match="the run is detached"):
+                decode.step(tokens_of(1, 2))
+    assert cache.get_seq_length() == LLAVA.batch(LONG)["input_ids"].shape[1] + 1

@@ -9,6 +9,7 @@ from typing import Any
 import lightvlm
 import pytest
 import torch
+from lightvlm.methods.decode_compaction import DecodeCompaction
 from python.talk import ANSWER, PLANS, QUESTION, Conversation, check
 from python.test_decode import plan_of
 from python.test_prefill import ROWS, lightvlm_plan, noise, prompt
@@ -305,3 +306,17 @@ def test_an_image_after_text_is_remembered(llava: Any) -> None:
         talk.answer(ANSWER[:2])  # compacted at every token
         check(talk, QUESTION[:2], ANSWER[:2], limit)
         assert run.report().reread == 1
+
+
+def test_a_question_after_drafts(llava: Any) -> None:
+    """What drafts set off waits for the next call; where that is a question, it is dropped before the question asks."""
+    cache_part = DecodeCompaction(keep=0.3, interval=4, sinks=1, recent=8)
+    with torch.no_grad(), lightvlm.attach(llava, lightvlm.Plan(cache=cache_part)) as run:
+        talk = Conversation(llava, LLAVA, ROWS[2:3])
+        talk.read()
+        talk.say(torch.arange(10, 15)[None], logits_to_keep=5)
+        assert talk.cache.waits
+        found = talk.say(torch.tensor([[20, 21, 22]])).logits
+        assert run.report().reread == 1
+        expected = Conversation(llava, LLAVA, talk.rows).read()
+    assert (found - expected[:, -3:]).abs().max() <= 4 * noise(llava, LLAVA, ROWS) + 1e-5

@@ -8,6 +8,7 @@ from typing import Any
 import lightvlm
 import pytest
 import torch
+from lightvlm import CompactCache
 from lightvlm.methods.decode_compaction import DecodeCompaction
 from lightvlm.methods.kv_precision import KVPrecision
 from lightvlm.methods.zipvl import ZipVLPrefill
@@ -269,6 +270,7 @@ def test_refused(build: Any, plan: lightvlm.Plan, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"bits": 16, "low_bits": 4}, "low_bits needs bits below 16, got bits 16 and low_bits 4"),
         ({"bits": 3}, "bits must be one of 16, 8, 4, 2, got 3"),
         ({"low_bits": 4}, r"low_bits must be below bits \(4\), got 4"),
         ({"interval": 100}, "interval must be a multiple of 64, got 100"),
@@ -357,3 +359,15 @@ def test_a_cache_outlives_inference_mode(model: Any, low_bits: int | None) -> No
             out.past_key_values.crop(-1)
         found.append(out.logits)
     assert torch.equal(*found)
+
+
+def test_text_of_a_cache_with_a_plan_of_its_own(model: Any) -> None:
+    own = plan_of(keep_text=True, recent=2)
+    found = []
+    for cache_plan, run_plan in ((own, lightvlm.Plan()), (None, own)):
+        cache = CompactCache(model.config, cache_plan)
+        with torch.no_grad(), lightvlm.attach(model, run_plan):
+            model(**prompt(LLAVA, LONG), past_key_values=cache)
+        found.append(cache.layers[0].packed.sink_counts)
+    assert found[0] == found[1]
+    assert max(found[0]) > 2

@@ -37,7 +37,9 @@ class KVPrecision(PrecisionPart):
         None, "bits of the first and last layers instead; 16 leaves them as they are", choices=(None, *_BITS)
     )
     edge_layers: int = option(1, "so many at either end", low=1)
-    keep_text: bool = option(False, "the prompt's text stays in 16 bits, too; only image tokens are packed")
+    keep_text: bool = option(
+        False, "the prompt's text stays in 16 bits, too, but for the recent tokens when it was read"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -45,6 +47,10 @@ class KVPrecision(PrecisionPart):
             raise ValueError(f"tau must be in (0, 1], got {self.tau}")
         if self.interval % 64:
             raise ValueError(f"interval must be a multiple of 64, got {self.interval}")
+        if self.low_bits is not None and self.bits == 16:
+            raise ValueError(
+                f"low_bits needs bits below 16, got bits {self.bits} and low_bits {self.low_bits}"
+            )
         if self.low_bits is not None and self.low_bits >= self.bits:
             raise ValueError(f"low_bits must be below bits ({self.bits}), got {self.low_bits}")
 
