@@ -309,8 +309,7 @@ class CompactCache(Cache):
         if self.transcript is not None:
             self.transcript.follow(self.get_seq_length())
         self.since_compaction = max(0, self.since_compaction + removed)
-        left = self.get_seq_length()
-        self.leftpad = [min(pad, left) for pad in self.leftpad] if left else []
+        self.leftpad = [min(pad, self.get_seq_length()) for pad in self.leftpad]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows ``beam_idx`` (B',) of the batch, in that order."""

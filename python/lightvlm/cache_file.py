@@ -57,7 +57,11 @@ def save_cache(cache: CompactCache, path: str | Path) -> None:
     if cache.transcript is not None:
         about["transcript"], said = cache.transcript.state()
         tensors |= {f"transcript.{name}": x for name, x in said.items()}
-    save_file({name: x.contiguous().clone() for name, x in tensors.items()}, path, {_KEY: json.dumps(about)})
+    # no second copy on a GPU
+    on_host = {
+        name: x.contiguous().clone() if x.device.type == "cpu" else x.cpu() for name, x in tensors.items()
+    }
+    save_file({name: x.contiguous() for name, x in on_host.items()}, path, {_KEY: json.dumps(about)})
 
 
 def load_cache(
@@ -68,6 +72,9 @@ def load_cache(
 
     from .cache import CompactCache
 
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     # tensors made in inference mode could not be written outside it
     with torch.inference_mode(False), safe_open(path, framework="pt", device=str(device)) as file:
         about = json.loads((file.metadata() or {}).get(_KEY, "{}"))

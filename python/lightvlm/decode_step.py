@@ -39,8 +39,11 @@ def capture_cuda(device: torch.device, function: Callable[[], Tensor]) -> tuple[
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
         stream = _streams.setdefault(device, torch.cuda.Stream(device))
-        # other threads go on using the device
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        # other threads go on using the device; the outer context brings the stream back where a capture fails
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
             out = function()
 
     def replay() -> None:

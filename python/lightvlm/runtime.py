@@ -353,8 +353,7 @@ class Run:
         if longest < part.min_image_tokens:
             self._stats.step_aside(f"fewer than min_image_tokens ({part.min_image_tokens}) image tokens")
             return None
-        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        return Prefill(part, layout, len(self._adapter.layers), tokens.device, drafts)
+        return Prefill(part, layout, len(self._adapter.layers), self._device, drafts)
 
     def _plan_sparse(self, layout: BatchLayout, inputs: dict[str, Any], drafts: int) -> SparsePrefill | None:
         part = self.plan.prefill
@@ -364,8 +363,12 @@ class Run:
         if longest < part.min_tokens or min(row.tokens for row in layout.rows) == 0:
             self._stats.step_aside(f"fewer than min_tokens ({part.min_tokens}) tokens, or none in a row")
             return None
-        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        return SparsePrefill(part, layout, tokens.device, drafts)
+        return SparsePrefill(part, layout, self._device, drafts)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the decoder's layers are; embeddings and inputs may be elsewhere."""
+        return next(self._adapter.layers[0].parameters()).device
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._call is None or self._cache is None:

@@ -98,7 +98,9 @@ def selected_attention(
 
     query (B, S, Hq, D), key and value (B, S, Hkv, D).   Returns (B, S, Hq, D), zeros where a token is not selected.
     """
-    if query.device.type == "cpu":
+    sixteen = query.dtype in (torch.float16, torch.bfloat16)
+    fits = sixteen and query.shape[3] <= 256 and query.shape[3] % 8 == 0 and value.shape[3] == query.shape[3]
+    if query.device.type == "cpu" or not fits:
         return _row_by_row(query, key, value, selection, scale)
     packed = pack(selection)
     together = [x.flatten(0, 1)[None] for x in (query, key, value)]
@@ -113,7 +115,8 @@ def selected_attention(
 def _row_by_row(
     query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float | None
 ) -> Tensor:
-    """On a CPU the counts are at hand, and rows of their own length need no mask."""
+    """On a CPU the counts are at hand, and rows of their own length need no mask. Elsewhere, where FlashAttention does
+    not take the numbers, they are asked for once a layer."""
     out = query.new_zeros(*query.shape[:3], value.shape[-1])
     for row, count in enumerate(selection.count.tolist()):
         chosen = selection.index[row, :count].long()

@@ -104,20 +104,19 @@ def _laid_out(query: Tensor, layer: CompactLayer, scale: float | None) -> Tensor
         at = torch.arange(key.shape[1], device=query.device)
         last = ends[:, None] - new + torch.arange(new, device=query.device)
         seen.append((at >= starts[:, None, None]) & (at <= last[:, :, None]))
-        mask = torch.cat(seen, dim=2)[:, None]
+        mask = torch.cat(seen, dim=2)  # (B, S, N)
     elif new > 1:
         stored = key.shape[1]
-        mask = torch.ones(new, stored, dtype=torch.bool, device=query.device).tril(stored - new)
+        mask = torch.ones(1, new, stored, dtype=torch.bool, device=query.device).tril(stored - new)
     if keys:
         key, value = torch.cat([*keys, key], dim=1), torch.cat([*values, value], dim=1)
     key, value = key.transpose(1, 2), value.transpose(1, 2)
     kv_heads = key.shape[1]
-    if new == 1:
-        # The heads of a group become query rows, so that each key is read once and not once per head.
-        packed = query.reshape(len(query), kv_heads, heads // kv_heads, query.shape[-1])
-        out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale)
-        return out.reshape(len(query), 1, heads, value.shape[-1])
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scale, enable_gqa=heads != kv_heads
-    )
-    return out.transpose(1, 2)
+    # The heads of a group become query rows, so that each key is read once and not once per head; with a mask and heads
+    # of unequal number a GPU would form all logits besides.
+    group = heads // kv_heads
+    rows = query.reshape(len(query), kv_heads, group * new, query.shape[-1])
+    if mask is not None:
+        mask = mask[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]
+    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+    return out.reshape(len(query), heads, new, value.shape[-1]).transpose(1, 2)

@@ -47,7 +47,8 @@ class _Held:
         return cls(start, embeds.shape[1], (exact / scale).round().to(torch.int8), scale)
 
     def embeds(self, like: Tensor) -> Tensor:
-        states = self.states[:, : self.tokens].to(like.device, non_blocking=True)
+        # whole, then cut: a part of a pinned buffer would be copied by the host, before it is there
+        states = self.states.to(like.device, non_blocking=True)[:, : self.tokens]
         if self.scale is not None:
             states = (states.float() * self.scale[:, : self.tokens]).to(like.dtype)
         return states if self.rows is None else states.index_select(0, self.rows)
@@ -228,6 +229,8 @@ class Transcript:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All of it, as JSON-ready data and tensors."""
+        if self._ids.device.type == "cuda":  # what is on its way to the host has to get there
+            torch.cuda.synchronize(self._ids.device)
         tensors: dict[str, Tensor] = {}
         if self.length:
             tensors["ids"] = self._ids[:, : self.length]

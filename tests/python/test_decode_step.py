@@ -214,7 +214,8 @@ def test_positions_of_ones_own(qwen: Any) -> None:
 
 
 def test_how_cuda_is_asked_to_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a CUDA that only notes what it is asked: one stream a device, and capture and replay on that device."""
+    """With a CUDA that only notes what it is asked: one stream a device, capture and replay on that device, and the
+    caller's stream around the capture, which would not bring it back where it fails."""
     device, asked = torch.device("cuda", 3), []
 
     class Graph:
@@ -229,6 +230,8 @@ def test_how_cuda_is_asked_to_capture(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"caller's of {device}")
+    monkeypatch.setattr(torch.cuda, "stream", functools.partial(noted, "stream"))
     monkeypatch.setattr(torch.cuda, "device", functools.partial(noted, "device"))
     monkeypatch.setattr(torch.cuda, "graph", functools.partial(noted, "graph"))
     monkeypatch.setattr(decode_step, "_streams", {})
@@ -238,7 +241,8 @@ def test_how_cuda_is_asked_to_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"stream": "stream of cuda:3", "capture_error_mode": "thread_local"}
     assert set(options) < set(inspect.signature(torch_graph).parameters)
     assert out == 5
-    assert asked == [("device", device, {}), ("graph", options), "end of graph", "end of device"]
+    opened = [("device", device, {}), ("stream", "caller's of cuda:3", {}), ("graph", options)]
+    assert asked == [*opened, "end of graph", "end of stream", "end of device"]
     asked.clear()
     replay()
     assert asked == [("device", device, {}), "replay", "end of device"]
