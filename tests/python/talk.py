@@ -51,6 +51,22 @@ class Conversation:
             row += more
         return out
 
+    def show(self, turn: Any, **options: Any) -> Any:
+        """Images among the tokens of every row."""
+        new = self.family.batch(turn, self.dtype)
+        out, self.mask = extend(
+            self.family,
+            self.model,
+            self.mask,
+            new["input_ids"],
+            pixel_values=new["pixel_values"],
+            past_key_values=self.cache,
+            **options,
+        )
+        for row, more in zip(self.rows, turn, strict=True):
+            row += more
+        return out
+
     def answer(self, tokens: Tensor) -> Tensor:
         """One after the other: logits (B, S, V)."""
         return torch.cat([self.say(token).logits for token in tokens.split(1, dim=1)], dim=1)

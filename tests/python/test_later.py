@@ -13,7 +13,7 @@ from lightvlm.methods.decode_compaction import DecodeCompaction
 from python.talk import ANSWER, PLANS, QUESTION, Conversation, check
 from python.test_decode import plan_of
 from python.test_prefill import ROWS, lightvlm_plan, noise, prompt
-from python.tiny import LLAVA, QWEN, Family, Image, extend, generate, generate_logits
+from python.tiny import LLAVA, QWEN, Family, Image, generate, generate_logits
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -259,18 +259,7 @@ def test_a_later_image_is_reduced(llava: Any) -> None:
         talk = Conversation(llava, LLAVA, [ROWS[0], ROWS[2]])
         talk.read()
         talk.answer(ANSWER[:2])
-        turn = LLAVA.batch([[7, Image(9), 8, 9], [5, Image(8), 8, 9]])
-        out, talk.mask = extend(
-            LLAVA,
-            llava,
-            talk.mask,
-            turn["input_ids"],
-            pixel_values=turn["pixel_values"],
-            past_key_values=talk.cache,
-            output_hidden_states=True,
-        )
-        for row, more in zip(talk.rows, ([7, Image(9), 8, 9], [5, Image(8), 8, 9]), strict=True):
-            row += more
+        out = talk.show([[7, Image(9), 8, 9], [5, Image(8), 8, 9]], output_hidden_states=True)
         kept = run.kept
         expected = talk.afresh()
         logits = expected.read()
@@ -290,17 +279,7 @@ def test_an_image_after_text_is_remembered(llava: Any) -> None:
     with torch.no_grad(), lightvlm.attach(llava, plan) as run:
         talk = Conversation(llava, LLAVA, [[1, 2, 3], [4, 5]])
         talk.read()
-        turn = LLAVA.batch([[7, Image(9), 8, 9], [5, Image(8), 8, 9]])
-        _, talk.mask = extend(
-            LLAVA,
-            llava,
-            talk.mask,
-            turn["input_ids"],
-            pixel_values=turn["pixel_values"],
-            past_key_values=talk.cache,
-        )
-        for row, more in zip(talk.rows, ([7, Image(9), 8, 9], [5, Image(8), 8, 9]), strict=True):
-            row += more
+        talk.show([[7, Image(9), 8, 9], [5, Image(8), 8, 9]])
         reason = "an image arrived on a cache that already holds tokens; nothing was read anew"
         assert run.report().stepped_aside == {reason: 1}
         talk.answer(ANSWER[:2])  # compacted at every token
