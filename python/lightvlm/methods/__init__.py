@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from ..plan import Plan
 from .base import Method
+from .cdpruner import CDPruner
+from .divprune import DivPrune
+from .downsample import Downsample
 from .kv_precision import KVPrecision
 from .lightvlm import LightVLM
 from .random import Random
+from .uniform import Uniform
 from .zipvl import ZipVL, ZipVLPrefill
 
 METHODS: dict[str, Method] = {
@@ -14,6 +18,10 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
         Method("random", Random, "baseline"),
+        Method("uniform", Uniform, "baseline"),
+        Method("downsample", Downsample, "baseline"),
+        Method("divprune", DivPrune, "arXiv 2503.02175"),
+        Method("cdpruner", CDPruner, "arXiv 2506.10967"),
         Method("zipvl", ZipVL, "arXiv 2410.08584", knob="tau", levels=(0.975, 0.96)),
     )
 }
@@ -37,4 +45,16 @@ def method(name: str, **options: object) -> Plan:
     return found.make(**options)
 
 
-__all__ = ["KVPrecision", "LightVLM", "Random", "ZipVL", "ZipVLPrefill", "method", "method_names"]
+__all__ = [
+    "CDPruner",
+    "DivPrune",
+    "Downsample",
+    "KVPrecision",
+    "LightVLM",
+    "Random",
+    "Uniform",
+    "ZipVL",
+    "ZipVLPrefill",
+    "method",
+    "method_names",
+]
