@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .cache import CompactCache
     from .decode_loop import generate
     from .kl import Divergence, divergence
-    from .methods import KVPrecision, LightVLM, Random, ZipVL, method, method_names
+    from .methods import *  # noqa: F403
     from .paged_cache import PagedCompactCache
     from .pages import KVPages
     from .plan import Plan
@@ -28,50 +28,43 @@ __all__ = [
     "CompactCache",
     "Divergence",
     "KVPages",
-    "KVPrecision",
-    "LightVLM",
     "PagedCompactCache",
     "Plan",
-    "Random",
     "Report",
     "Run",
-    "ZipVL",
     "__version__",
     "attach",
     "divergence",
     "generate",
-    "method",
-    "method_names",
 ]
 
-# Imported at first use: torch takes a second, transformers several, and `lightvlm --help` needs neither.
+# Imported at first use: torch takes a second, transformers several, and `lightvlm --help` needs neither. What is not
+# here is a method: methods/__init__.py names them.
 _HOME = {
     "CompactCache": "cache",
     "Divergence": "kl",
     "KVPages": "pages",
-    "KVPrecision": "methods",
-    "LightVLM": "methods",
     "PagedCompactCache": "paged_cache",
     "Plan": "plan",
-    "Random": "methods",
     "Report": "report",
     "Run": "runtime",
-    "ZipVL": "methods",
     "attach": "runtime",
     "divergence": "kl",
     "generate": "decode_loop",
-    "method": "methods",
-    "method_names": "methods",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    home = importlib.import_module(f".{_HOME.get(name, 'methods')}", __name__)
+    if name not in _HOME and name not in home.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(home, name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    methods = importlib.import_module(".methods", __name__)
+    return sorted({*globals(), *__all__, *methods.__all__})
