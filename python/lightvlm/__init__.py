@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .decode_loop import generate
     from .kl import Divergence, divergence
     from .methods import *  # noqa: F403
+    from .methods import method, method_names
     from .paged_cache import PagedCompactCache
     from .pages import KVPages
     from .plan import Plan
@@ -36,6 +37,8 @@ __all__ = [
     "attach",
     "divergence",
     "generate",
+    "method",
+    "method_names",
 ]
 
 # Imported at first use: torch takes a second, transformers several, and `lightvlm --help` needs neither. What is not
@@ -51,11 +54,13 @@ _HOME = {
     "attach": "runtime",
     "divergence": "kl",
     "generate": "decode_loop",
+    "method": "methods",
+    "method_names": "methods",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
+    if name not in _HOME and not name[0].isupper():  # modules of the package are looked for here, too
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = importlib.import_module(f".{_HOME.get(name, 'methods')}", __name__)
     if name not in _HOME and name not in home.__all__:

@@ -24,7 +24,7 @@ def test_registry() -> None:
     assert {"lightkv", "lightvlm", "random", "zipvl"} <= set(names)
     assert lightvlm.method("lightvlm", keep=0.5) == lightvlm.LightVLM(keep=0.5)
     assert lightvlm.method("random") == lightvlm.Random()
-    with pytest.raises(ValueError, match="method must be one of .*lightvlm, .*zipvl, got 'quickv'"):
+    with pytest.raises(ValueError, match=r"method must be one of .*lightvlm, .*zipvl, got 'quickv'"):
         lightvlm.method("quickv")
     with pytest.raises(TypeError, match="strenth"):
         lightvlm.method("lightvlm", strenth=1)
