@@ -8,6 +8,7 @@ from .cdpruner import CDPruner
 from .divprune import DivPrune
 from .downsample import Downsample
 from .kv_precision import KVPrecision
+from .lightkv import LightKV
 from .lightvlm import LightVLM
 from .random import Random
 from .uniform import Uniform
@@ -16,6 +17,7 @@ from .zipvl import ZipVL, ZipVLPrefill
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
+        Method("lightkv", LightKV, "arXiv 2605.00789"),
         Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
         Method("random", Random, "baseline"),
         Method("uniform", Uniform, "baseline"),
@@ -50,6 +52,7 @@ __all__ = [
     "DivPrune",
     "Downsample",
     "KVPrecision",
+    "LightKV",
     "LightVLM",
     "Random",
     "Uniform",
