@@ -11,6 +11,7 @@ from .kv_precision import KVPrecision
 from .lightkv import LightKV
 from .lightvlm import LightVLM
 from .random import Random
+from .tome import ToMe
 from .uniform import Uniform
 from .zipvl import ZipVL, ZipVLPrefill
 
@@ -24,6 +25,7 @@ METHODS: dict[str, Method] = {
         Method("downsample", Downsample, "baseline"),
         Method("divprune", DivPrune, "arXiv 2503.02175"),
         Method("cdpruner", CDPruner, "arXiv 2506.10967"),
+        Method("tome", ToMe, "arXiv 2210.09461, inside the decoder"),
         Method("zipvl", ZipVL, "arXiv 2410.08584", knob="tau", levels=(0.975, 0.96)),
     )
 }
@@ -55,6 +57,7 @@ __all__ = [
     "LightKV",
     "LightVLM",
     "Random",
+    "ToMe",
     "Uniform",
     "ZipVL",
     "ZipVLPrefill",
