@@ -7,6 +7,7 @@ from .base import Method
 from .cdpruner import CDPruner
 from .divprune import DivPrune
 from .downsample import Downsample
+from .framefusion import FrameFusion
 from .kv_precision import KVPrecision
 from .lightkv import LightKV
 from .lightvlm import LightVLM
@@ -26,6 +27,7 @@ METHODS: dict[str, Method] = {
         Method("divprune", DivPrune, "arXiv 2503.02175"),
         Method("cdpruner", CDPruner, "arXiv 2506.10967"),
         Method("tome", ToMe, "arXiv 2210.09461, inside the decoder"),
+        Method("framefusion", FrameFusion, "arXiv 2501.01986"),
         Method("zipvl", ZipVL, "arXiv 2410.08584", knob="tau", levels=(0.975, 0.96)),
     )
 }
@@ -53,6 +55,7 @@ __all__ = [
     "CDPruner",
     "DivPrune",
     "Downsample",
+    "FrameFusion",
     "KVPrecision",
     "LightKV",
     "LightVLM",
