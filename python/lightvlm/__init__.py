@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .cache import CompactCache
     from .decode_loop import generate
     from .kl import Divergence, divergence
-    from .methods import KVPrecision, LightVLM, Random, ZipVL, method, method_names
+    from .methods import KVPrecision, LightVLM, PruMerge, Random, VisionZip, ZipVL, method, method_names
     from .paged_cache import PagedCompactCache
     from .pages import KVPages
     from .plan import Plan
@@ -32,9 +32,11 @@ __all__ = [
     "LightVLM",
     "PagedCompactCache",
     "Plan",
+    "PruMerge",
     "Random",
     "Report",
     "Run",
+    "VisionZip",
     "ZipVL",
     "__version__",
     "attach",
@@ -53,9 +55,11 @@ _HOME = {
     "LightVLM": "methods",
     "PagedCompactCache": "paged_cache",
     "Plan": "plan",
+    "PruMerge": "methods",
     "Random": "methods",
     "Report": "report",
     "Run": "runtime",
+    "VisionZip": "methods",
     "ZipVL": "methods",
     "attach": "runtime",
     "divergence": "kl",

@@ -19,7 +19,7 @@ from lightvlm.session import Level, plan_stage
 
 
 def test_registry() -> None:
-    assert lightvlm.method_names() == ["lightvlm", "random", "zipvl"]
+    assert lightvlm.method_names() == ["lightvlm", "prumerge", "random", "visionzip", "zipvl"]
     assert lightvlm.method("lightvlm", keep=0.5) == lightvlm.LightVLM(keep=0.5)
     assert lightvlm.method("random") == lightvlm.Random()
     with pytest.raises(ValueError, match="method must be one of lightvlm, random, zipvl, got 'fastv'"):

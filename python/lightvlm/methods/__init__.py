@@ -6,14 +6,18 @@ from ..plan import Plan
 from .base import Method
 from .kv_precision import KVPrecision
 from .lightvlm import LightVLM
+from .prumerge import PruMerge
 from .random import Random
+from .visionzip import VisionZip
 from .zipvl import ZipVL, ZipVLPrefill
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
+        Method("prumerge", PruMerge, "arXiv 2403.15388"),
         Method("random", Random, "baseline"),
+        Method("visionzip", VisionZip, "arXiv 2412.04467"),
         Method("zipvl", ZipVL, "arXiv 2410.08584", knob="tau", levels=(0.975, 0.96)),
     )
 }
@@ -37,4 +41,14 @@ def method(name: str, **options: object) -> Plan:
     return found.make(**options)
 
 
-__all__ = ["KVPrecision", "LightVLM", "Random", "ZipVL", "ZipVLPrefill", "method", "method_names"]
+__all__ = [
+    "KVPrecision",
+    "LightVLM",
+    "PruMerge",
+    "Random",
+    "VisionZip",
+    "ZipVL",
+    "ZipVLPrefill",
+    "method",
+    "method_names",
+]
