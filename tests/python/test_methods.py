@@ -22,7 +22,9 @@ def test_registry() -> None:
     assert lightvlm.method_names() == ["lightvlm", "prumerge", "random", "visionzip", "zipvl"]
     assert lightvlm.method("lightvlm", keep=0.5) == lightvlm.LightVLM(keep=0.5)
     assert lightvlm.method("random") == lightvlm.Random()
-    with pytest.raises(ValueError, match="method must be one of lightvlm, random, zipvl, got 'fastv'"):
+    with pytest.raises(
+        ValueError, match="method must be one of lightvlm, prumerge, random, visionzip, zipvl, got 'fastv'"
+    ):
         lightvlm.method("fastv")
     with pytest.raises(TypeError, match="strenth"):
         lightvlm.method("lightvlm", strenth=1)
