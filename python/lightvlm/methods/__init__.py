@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..plan import Plan
 from .base import Method
 from .kv_precision import KVPrecision
+from .lightkv import LightKV
 from .lightvlm import LightVLM
 from .prumerge import PruMerge
 from .random import Random
@@ -14,6 +15,7 @@ from .zipvl import ZipVL, ZipVLPrefill
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
+        Method("lightkv", LightKV, "arXiv 2605.00789"),
         Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
         Method("prumerge", PruMerge, "arXiv 2403.15388"),
         Method("random", Random, "baseline"),
@@ -43,6 +45,7 @@ def method(name: str, **options: object) -> Plan:
 
 __all__ = [
     "KVPrecision",
+    "LightKV",
     "LightVLM",
     "PruMerge",
     "Random",

@@ -14,7 +14,6 @@ import torch
 from lightvlm.layout import FIRST_IMAGE, layout_of
 from lightvlm.methods.base import PrefillPart, Reduced, Stage, StageInput, TowerProbe
 from lightvlm.tower import Seen, match_pictures, place
-from lightvlm_ext import ops
 from python.conftest import hooks, ours
 from python.talk import ANSWER, QUESTION, Conversation, check
 from python.test_families import llava as llava_of
@@ -25,12 +24,16 @@ from python.tiny import IMAGE_ID, INTERNVL, LLAVA, QWEN, VISION_START, Family, I
 from python.towers import attentions, deep, oracle
 from torch import Tensor
 
+from lightvlm_ext import ops
+
+CLASS = TowerProbe(-1, "class", keys=True)
+
 
 @dataclass(frozen=True)
 class Spy(PrefillPart):
     """Keeps each image's best two tokens by the tower's score, and what it was shown."""
 
-    probe_: TowerProbe = TowerProbe(-1, "class", keys=True)
+    probe_: TowerProbe = CLASS
     min_image_tokens: int = 0
     layer: int = 0
     shown: list[StageInput] = field(default_factory=list)
