@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,9 +210,9 @@ def match_pictures(sizes: tuple[int, ...], rows: list[tuple[int, ...]]) -> list[
 
 def place(seen: Seen, numbers: list[list[int]], layout: BatchLayout, device: torch.device) -> Tensor:
     """What was seen, (B, S, 1 + Ct), at the image tokens of a layout, and 0 elsewhere."""
-    starts = torch.tensor([0, *seen.sizes]).cumsum(0)
+    starts = [0, *itertools.accumulate(seen.sizes)]
     most = max(map(len, numbers))
-    offsets = torch.tensor([[int(starts[n]) for n in row] + [0] * (most - len(row)) for row in numbers])
+    offsets = torch.tensor([[starts[n] for n in row] + [0] * (most - len(row)) for row in numbers])
     codes = layout.codes.long()
     image = (codes - FIRST_IMAGE).clamp_min(0)
     index = torch.where(codes >= FIRST_IMAGE, 1 + offsets.gather(1, image) + layout.within, 0)

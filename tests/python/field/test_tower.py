@@ -19,8 +19,9 @@ from python.talk import ANSWER, QUESTION, Conversation, check
 from python.test_families import llava as llava_of
 from python.test_families import tower as tower_of
 from python.test_families import video, video_prompt
+from python.test_host_reads import counted_reads
 from python.test_prefill import ROWS, UNEVEN, noise, prompt
-from python.tiny import IMAGE_ID, INTERNVL, LLAVA, QWEN, VISION_START, Family, Image, generate
+from python.tiny import IMAGE_ID, INTERNVL, LLAVA, QWEN, VISION_START, Family, Image, extend, generate
 from python.towers import attentions, deep, oracle
 from torch import Tensor
 
@@ -342,6 +343,25 @@ def test_windows_everywhere_cannot_be_read() -> None:
     model = QWEN.build(tower={"depth": 2, "fullatt_block_indexes": []})
     with pytest.raises(ValueError, match="no layer in which a whole frame attends"):
         lightvlm.attach(model, lightvlm.Plan(prefill=Spy()))
+
+
+@pytest.mark.parametrize("keep", ["offload", "quantize"])
+def test_the_hooks_read_nothing(pair: tuple[Family, Any], keep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither when a prompt's images are matched, nor when a conversation is read anew."""
+    family, model = pair
+    plan = lightvlm.Plan(prefill=Spy(), keep_for_later=keep)
+    with torch.no_grad(), lightvlm.attach(model, plan) as run:
+        with counted_reads(model, monkeypatch, hooks_only=True) as found:
+            generate(model, family.batch(ROWS), 3, num_beams=2)
+        assert found == []
+        # whether there is padding among a question's tokens is asked once before it is read, so only here not counted
+        inputs = {"past_key_values": None, **prompt(family, ROWS)}
+        with counted_reads(model, monkeypatch) as found:
+            out = model(**inputs)
+            extend(family, model, inputs["attention_mask"], QUESTION, past_key_values=out.past_key_values)
+        assert found == []
+        assert run.report().reread == 1
+    assert run.report().stepped_aside == {}
 
 
 # -- later questions
