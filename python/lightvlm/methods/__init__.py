@@ -11,9 +11,11 @@ from .framefusion import FrameFusion
 from .kv_precision import KVPrecision
 from .lightkv import LightKV
 from .lightvlm import LightVLM
+from .prumerge import PruMerge
 from .random import Random
 from .tome import ToMe
 from .uniform import Uniform
+from .visionzip import VisionZip
 from .zipvl import ZipVL, ZipVLPrefill
 
 METHODS: dict[str, Method] = {
@@ -21,6 +23,7 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("lightkv", LightKV, "arXiv 2605.00789"),
         Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
+        Method("prumerge", PruMerge, "arXiv 2403.15388"),
         Method("random", Random, "baseline"),
         Method("uniform", Uniform, "baseline"),
         Method("downsample", Downsample, "baseline"),
@@ -28,6 +31,7 @@ METHODS: dict[str, Method] = {
         Method("cdpruner", CDPruner, "arXiv 2506.10967"),
         Method("tome", ToMe, "arXiv 2210.09461, inside the decoder"),
         Method("framefusion", FrameFusion, "arXiv 2501.01986"),
+        Method("visionzip", VisionZip, "arXiv 2412.04467"),
         Method("zipvl", ZipVL, "arXiv 2410.08584", knob="tau", levels=(0.975, 0.96)),
     )
 }
@@ -59,9 +63,11 @@ __all__ = [
     "KVPrecision",
     "LightKV",
     "LightVLM",
+    "PruMerge",
     "Random",
     "ToMe",
     "Uniform",
+    "VisionZip",
     "ZipVL",
     "ZipVLPrefill",
     "method",
