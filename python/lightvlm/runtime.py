@@ -8,6 +8,7 @@ states, rotary tables and positions together. ``detach`` restores the model bit 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import weakref
 from collections.abc import Iterator, Mapping
@@ -130,6 +131,7 @@ class Run:
         self._tower = None if probe is None else Tower(adapter, probe)
         config = adapter.decoder.config
         self._original: str = config._attn_implementation
+        self._named = copy.copy(config)  # says the original's name while ours is set
         self._name = attention_hook.register(self._original)
         self._divergence: Divergence | None = None
         self._put_on()
@@ -446,6 +448,8 @@ class Run:
         scale = kwargs.get("scaling")
         layer = self._cache.layers[index] if self._cache is not None else None
         call = attention_hook.original_function(module, self._original)
+        if "flash" in self._original:
+            call = attention_hook.under_its_name(call, self._named)
         weights = None
         if self._prompt:
             level = self._prefill.level if self._prefill is not None else None
