@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lightvlm_ext._version import __version__
 
 if TYPE_CHECKING:
+    from .attention import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
     from .cache import CompactCache
     from .decode_loop import generate
     from .kl import Divergence, divergence
@@ -36,6 +37,9 @@ __all__ = [
     "__version__",
     "attach",
     "divergence",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
     "generate",
     "method",
     "method_names",
@@ -53,6 +57,9 @@ _HOME = {
     "Run": "runtime",
     "attach": "runtime",
     "divergence": "kl",
+    "flash_attn_func": "attention",
+    "flash_attn_kvpacked_func": "attention",
+    "flash_attn_qkvpacked_func": "attention",
     "generate": "decode_loop",
     "method": "methods",
     "method_names": "methods",

@@ -1,0 +1,118 @@
+"""Which backend runs a call: the first of the table that can, or the one that was asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from .call import Call
+from .cpu_flash import CpuFlash
+from .decode import Decode
+from .tiled import Tiled
+
+VARIABLE = "LIGHTVLM_ATTENTION"
+
+
+class Backend(Protocol):
+    """One way to run a call.
+
+    name: as use_backend() and LIGHTVLM_ATTENTION take it.   about: what it is.
+    appends: whether run() itself writes a cache call's new tokens.
+    """
+
+    name: str
+    about: str
+    appends: bool
+
+    def why_not(self, call: Call) -> str | None:
+        """None if it can run the call, else the reason, to be read after the backend's name."""
+
+    def run(self, call: Call) -> tuple[Tensor, Tensor]:
+        """out as query, and lse (B, Hq, Sq), packed (Hq, total_q): fp32, natural logarithm, -inf where a row sees no
+        key."""
+
+
+TABLE: tuple[Backend, ...] = (Decode(), CpuFlash(), Tiled())
+"""In the order in which they are tried."""
+
+_asked: ContextVar[str | None] = ContextVar("lightvlm_attention", default=None)
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """A line of backends().   missing: why it can run nothing here, None if it can."""
+
+    name: str
+    about: str
+    missing: str | None
+
+
+def backends() -> tuple[BackendInfo, ...]:
+    """All backends in the order in which they are tried, and which of them can run here."""
+    return tuple(BackendInfo(backend.name, backend.about, _missing(backend)) for backend in TABLE)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Every call in this context (and thread, or asyncio task) runs on this backend, or raises.
+
+    It is looked at when the call runs, also inside a compiled function. Before the environment variable
+    LIGHTVLM_ATTENTION, which does the same for a whole process.
+
+    Raises:
+        ValueError: no backend has the name.
+    """
+    token = _asked.set(_known(name, "name"))
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def choose(call: Call) -> Backend:
+    """The backend that runs the call.
+
+    Raises:
+        ValueError: none can (the message names each and its reason), or not the one that was asked for.
+    """
+    asked = _asked.get()
+    if asked is None:
+        variable = os.environ.get(VARIABLE)
+        asked = _known(variable, VARIABLE) if variable else None
+    reasons = []
+    for backend in TABLE:
+        reason = backend.why_not(call)
+        if reason is None and asked in (None, backend.name):
+            return backend
+        reasons.append(f"  {backend.name}: {reason or 'could, but was not asked for'}")
+    wanted = (
+        "no attention backend" if asked is None else f"the attention backend {asked}, which was asked for,"
+    )
+    refused = "can run this call" if asked is None else "cannot run this call"
+    raise ValueError(f"{wanted} {refused} ({_describe(call)}):\n" + "\n".join(reasons))
+
+
+def _known(name: str, argument: str) -> str:
+    names = [backend.name for backend in TABLE]
+    if name not in names:
+        raise ValueError(f"{argument}: got {name!r}, must be one of {', '.join(names)}")
+    return name
+
+
+def _missing(backend: Backend) -> str | None:
+    found = getattr(backend, "missing", None)
+    return found() if found is not None else None
+
+
+def _describe(call: Call) -> str:
+    layout = "packed" if call.packed else "dense" if call.dense else "cache"
+    query, key = (f"{name} {tuple(x.shape)}" for name, x in (("query", call.query), ("key", call.key)))
+    window = f"window ({call.left}, {call.right})"
+    shape = f"{window}, softcap {call.softcap:g}, {'with' if call.alibi is not None else 'no'} ALiBi"
+    return f"{layout}, {call.query.device}, {str(call.query.dtype).removeprefix('torch.')}, {query}, {key}, {shape}"

@@ -1,0 +1,93 @@
+"""One query token a row: this package's own decode kernel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightvlm_ext._kv import PACKED_HEAD_DIMS, PAGE_SIZES, KVSegment
+
+from .call import Call
+
+
+class Decode:
+    """``lightvlm_ext.ops.decode_attention``: one query token a row over its cache, CPU and CUDA.
+
+    A window is where the row's keys begin. Rows that name the cache's rows (batch_idx) read them as pages, without a
+    copy. Not run on a GPU.
+    """
+
+    name = "decode"
+    about = "lightvlm_ext.ops.decode_attention, one query token a row"
+    appends = False
+
+    def why_not(self, call: Call) -> str | None:
+        if call.packed or call.query.shape[1] != 1:
+            return "takes one query token a row"
+        if call.query.device.type not in ("cpu", "cuda"):
+            return f"runs on a CPU and on CUDA, and query is on {call.query.device}"
+        if call.softcap > 0:
+            return "has no softcap"
+        if call.alibi is not None:
+            return "has no ALiBi"
+        if call.query.shape[3] not in PACKED_HEAD_DIMS:
+            return f"takes head_dim {', '.join(map(str, PACKED_HEAD_DIMS))}, not {call.query.shape[3]}"
+        if call.block_table is not None and call.key.shape[1] not in PAGE_SIZES:
+            return f"takes pages of a multiple of 16 up to 256 tokens, not {call.key.shape[1]}"
+        if call.block_table is None and call.batch_idx is not None and _page_size(call) is None:
+            return "reads rows by index as pages: the capacity must be a multiple of 16, the cache contiguous"
+        return _missing()
+
+    def run(self, call: Call) -> tuple[Tensor, Tensor]:
+        from lightvlm_ext import ops
+
+        key, value, table = _last_contiguous(call.key), _last_contiguous(call.value), call.block_table
+        if table is None and call.batch_idx is not None:
+            size = _page_size(call)
+            assert size is not None
+            blocks = key.shape[1] // size
+            table = call.batch_idx[:, None] * blocks + torch.arange(
+                blocks, device=key.device, dtype=torch.int32
+            )
+            key, value = (x.view(-1, size, *x.shape[2:]) for x in (key, value))
+        elif table is None:
+            key, value = key[: call.batch], value[: call.batch]
+        segment = KVSegment(key, value, call.lens, _begins(call), table)
+        return ops.decode_attention(_last_contiguous(call.query), [segment], scale=call.scale)
+
+
+def _begins(call: Call) -> Tensor | None:
+    """Where each row's visible keys begin: leftpad, or where its window does."""
+    if call.left < 0:
+        return call.leftpad
+    if call.lens is None:
+        first = torch.full(
+            (call.batch,), call.max_k - 1 - call.left, device=call.key.device, dtype=torch.int32
+        )
+    else:
+        first = call.lens - (1 + call.left)
+    first = first.clamp(min=0)
+    return first if call.leftpad is None else torch.maximum(first, call.leftpad)
+
+
+def _page_size(call: Call) -> int | None:
+    """Tokens of a page, if the cache's rows can be read as pages."""
+    size = math.gcd(call.key.shape[1], PAGE_SIZES[-1])
+    rows = all(x.stride(0) == x.shape[1] * x.stride(1) and x.stride(3) == 1 for x in (call.key, call.value))
+    return size if size in PAGE_SIZES and rows else None
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _missing() -> str | None:
+    from lightvlm_ext import _library
+
+    try:
+        _library.load()
+    except ImportError as error:
+        return str(error)
+    return None

@@ -1,0 +1,19 @@
+"""flash-attn's functions under flash-attn's names: change one import, and get the importance of keys beside.
+
+>>> from lightvlm.flash_attn_interface import flash_attn_func      # was: from flash_attn import flash_attn_func
+>>> out, importance = flash_attn_func(q, k, v, causal=True, importance_window=16)
+"""
+
+from __future__ import annotations
+
+from .attention import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+)
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+]
