@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 from lightvlm_ext._version import __version__
 
 if TYPE_CHECKING:
-    from .attention import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+    from .attention import (
+        flash_attn_func,
+        flash_attn_kvpacked_func,
+        flash_attn_qkvpacked_func,
+        flash_attn_varlen_func,
+        flash_attn_varlen_kvpacked_func,
+        flash_attn_varlen_qkvpacked_func,
+        flash_attn_with_kvcache,
+    )
     from .cache import CompactCache
     from .decode_loop import generate
     from .kl import Divergence, divergence
@@ -40,6 +48,10 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "generate",
     "method",
     "method_names",
@@ -60,6 +72,10 @@ _HOME = {
     "flash_attn_func": "attention",
     "flash_attn_kvpacked_func": "attention",
     "flash_attn_qkvpacked_func": "attention",
+    "flash_attn_varlen_func": "attention",
+    "flash_attn_varlen_kvpacked_func": "attention",
+    "flash_attn_varlen_qkvpacked_func": "attention",
+    "flash_attn_with_kvcache": "attention",
     "generate": "decode_loop",
     "method": "methods",
     "method_names": "methods",

@@ -9,6 +9,13 @@ from __future__ import annotations
 
 from .choice import BackendInfo, backends, use_backend
 from .dense import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+from .kvcache import flash_attn_with_kvcache
+from .padding import index_first_axis, pad_input, unpad_input
+from .varlen import (
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 
 __all__ = [
     "BackendInfo",
@@ -16,5 +23,12 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "index_first_axis",
+    "pad_input",
+    "unpad_input",
     "use_backend",
 ]

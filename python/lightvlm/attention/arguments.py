@@ -145,22 +145,15 @@ def probes_of(window: object, query: Tensor, batch: int) -> Probes | None:
     return Probes(0, rows)
 
 
-def check_rows(probes: Probes | None, length: int) -> None:
-    """On a CPU, that every chosen row is one of the sequence's."""
-    if (
-        probes is None
-        or probes.rows is None
-        or probes.rows.device.type != "cpu"
-        or torch.compiler.is_compiling()
-    ):
-        return
-    low, high = (int(x) for x in probes.rows.aminmax())
-    if low < -length or high >= length:
-        raise ValueError(
-            f"importance_window: has row {low if low < -length else high}, must be in [-{length}, {length})"
-        )
-
-
 def _flag(value: object, name: str) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: got {type(value).__name__}, must be a bool")
+
+
+def check_table(table: object, query: Tensor, batch: int) -> None:
+    """block_table is (B, max_blocks) int32, on query's device."""
+    found = _checks.tensor(table, "block_table")
+    _checks.dtype(found, "block_table", torch.int32)
+    _checks.shape(found, "block_table", (batch, "max_blocks"))
+    _checks.last_contiguous(found, "block_table")
+    _checks.same_device(found, "block_table", query, "q")

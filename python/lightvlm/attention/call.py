@@ -8,6 +8,23 @@ from torch import Tensor
 
 
 @dataclass(slots=True)
+class NewTokens:
+    """What is to be written behind a cache's keys.
+
+    key, value: (B, Snew, Hkv, D).   lens: (B,) int32, keys before.   cos, sin: (positions, R / 2), or None: no rotary
+    embedding.   interleaved: pairs are neighbours.   at_once: all queries are rotated at the position of the first.
+    """
+
+    key: Tensor
+    value: Tensor
+    lens: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    interleaved: bool
+    at_once: bool
+
+
+@dataclass(slots=True)
 class Call:
     """What to attend to what. One of three layouts, told apart by ``cu_q`` and ``lens``.
 
@@ -24,6 +41,8 @@ class Call:
     With block_table (B, max_blocks) int32, key and value are pages (P, page_size, Hkv, D), token n of row b in page
     block_table[b, n // page_size]; in the packed layout cu_k then only says how many keys each row has.
 
+    new: keys and values that the backend itself has to write first, lens being what they are afterwards; query is not
+    rotated yet then. Only for backends that say that they append.
     max_q, max_k: no sequence is longer.   alibi: (Hq,) or (B, Hq) fp32.   splits: a hint, as flash-attn's num_splits.
     """
 
@@ -44,6 +63,7 @@ class Call:
     batch_idx: Tensor | None = None
     block_table: Tensor | None = None
     splits: int = 0
+    new: NewTokens | None = None
 
     @property
     def packed(self) -> bool:

@@ -23,7 +23,7 @@ class Backend(Protocol):
     """One way to run a call.
 
     name: as use_backend() and LIGHTVLM_ATTENTION take it.   about: what it is.
-    appends: whether run() itself writes a cache call's new tokens.
+    appends: whether run() itself writes the new tokens of a cache call (Call.new), and rotates.
     """
 
     name: str

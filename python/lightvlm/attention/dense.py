@@ -10,6 +10,7 @@ from lightvlm_ext import _checks
 
 from . import arguments, ops
 from .arguments import Window
+from .values import check_rows
 
 
 def flash_attn_func(
@@ -73,11 +74,11 @@ def flash_attn_func(
         alibi_slopes=alibi_slopes,
     )
     probes = arguments.probes_of(importance_window, q, batch)
-    arguments.check_rows(probes, rows)
-    out, lse = ops.attend(q, k, v, rows, keys, *shape)
+    check_rows(None if probes is None else probes.rows, rows)
+    out, lse = ops.attend(q, k, v, rows, keys, shape)
     if probes is None:
         return (out, lse, None) if return_attn_probs else out
-    scores = ops.importance(q, k, lse, probes.last, probes.rows, rows, keys, *shape)
+    scores = ops.importance(q, k, lse, probes, rows, keys, shape)
     return (out, lse, None, scores) if return_attn_probs else (out, scores)
 
 

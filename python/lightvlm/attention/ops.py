@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from . import probing
+from .arguments import Probes, Shape
 from .call import Call
 from .choice import choose
 from .result import empty_result, nothing_to_do
+from .values import check_rows, check_values
 
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
-    """out and lse of a call, on the backend that is chosen for it."""
-    if nothing_to_do(call):
-        return empty_result(call)
-    return choose(call).run(call)
+    """out and lse, both contiguous, of a call on the backend that is chosen for it."""
+    out, lse = empty_result(call) if nothing_to_do(call) else choose(call).run(call)
+    return out.contiguous(), lse.contiguous()
 
 
 def attend(
@@ -27,23 +28,15 @@ def attend(
     value: Tensor,
     max_q: int,
     max_k: int,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    alibi: Tensor | None = None,
+    shape: Shape,
+    *,
     cu_q: Tensor | None = None,
     cu_k: Tensor | None = None,
-    lens: Tensor | None = None,
-    leftpad: Tensor | None = None,
-    batch_idx: Tensor | None = None,
     block_table: Tensor | None = None,
-    splits: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse (contiguous) of the call that these are the fields of."""
-    args = (query, key, value, max_q, max_k, scale, left, right, softcap, alibi, cu_q, cu_k, lens, leftpad)
+    """out and lse, both contiguous, of the call that these are fields of."""
     call = _attend_op if torch.compiler.is_compiling() else _attend
-    return call(*args, batch_idx, block_table, splits)
+    return call(query, key, value, max_q, max_k, *shape, cu_q, cu_k, block_table)
 
 
 def _attend(
@@ -59,15 +52,12 @@ def _attend(
     alibi: Tensor | None,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
-    lens: Tensor | None,
-    leftpad: Tensor | None,
-    batch_idx: Tensor | None,
     block_table: Tensor | None,
-    splits: int,
 ) -> tuple[Tensor, Tensor]:
-    where = (alibi, cu_q, cu_k, lens, leftpad, batch_idx, block_table, splits)
-    out, lse = run(Call(query, key, value, max_q, max_k, scale, left, right, softcap, *where))
-    return out.contiguous(), lse.contiguous()
+    shape = (max_q, max_k, scale, left, right, softcap, alibi)
+    call = Call(query, key, value, *shape, cu_q, cu_k, block_table=block_table)
+    check_values(call)
+    return run(call)
 
 
 _attend_op = torch.library.custom_op("lightvlm_attention::attend", _attend, mutates_args=())
@@ -85,15 +75,11 @@ def importance(
     query: Tensor,
     key: Tensor,
     lse: Tensor,
-    last: int,
-    rows: Tensor | None,
+    probes: Probes,
     max_q: int,
     max_k: int,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    alibi: Tensor | None = None,
+    shape: Shape,
+    *,
     cu_q: Tensor | None = None,
     cu_k: Tensor | None = None,
     lens: Tensor | None = None,
@@ -101,10 +87,10 @@ def importance(
     batch_idx: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> Tensor:
-    """The importance of each key from the rows that `last` or `rows` names; see probing.importance."""
-    args = (query, key, lse, last, rows, max_q, max_k, scale, left, right, softcap, alibi, cu_q, cu_k, lens)
+    """The importance of each key; see probing.importance."""
+    where = (cu_q, cu_k, lens, leftpad, batch_idx, block_table)
     call = _importance_op if torch.compiler.is_compiling() else _importance
-    return call(*args, leftpad, batch_idx, block_table)
+    return call(query, key, lse, probes.last, probes.rows, max_q, max_k, *shape, *where)
 
 
 def _importance(
@@ -128,6 +114,8 @@ def _importance(
     block_table: Tensor | None,
 ) -> Tensor:
     where = (alibi, cu_q, cu_k, lens, leftpad, batch_idx, block_table)
+    if cu_q is None:
+        check_rows(rows, max_q)
     call = Call(query, key, key, max_q, max_k, scale, left, right, softcap, *where)
     return probing.importance(call, lse, last, rows)
 

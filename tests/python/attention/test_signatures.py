@@ -24,7 +24,24 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     "flash_attn_func": required("q", "k", "v") | SHAPING,
     "flash_attn_kvpacked_func": required("q", "kv") | SHAPING,
     "flash_attn_qkvpacked_func": required("qkv") | SHAPING,
-}
+    "flash_attn_varlen_func": required(
+        "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
+    )
+    | SHAPING
+    | {"block_table": None},
+    "flash_attn_varlen_kvpacked_func": required(
+        "q", "kv", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
+    )
+    | SHAPING,
+    "flash_attn_varlen_qkvpacked_func": required("qkv", "cu_seqlens", "max_seqlen") | SHAPING,
+    "flash_attn_with_kvcache": required("q", "k_cache", "v_cache")
+    | {
+        "k": None, "v": None, "rotary_cos": None, "rotary_sin": None, "cache_seqlens": None,
+        "cache_batch_idx": None, "cache_leftpad": None, "block_table": None, "softmax_scale": None,
+        "causal": False, "window_size": (-1, -1), "softcap": 0.0, "rotary_interleaved": True,
+        "alibi_slopes": None, "num_splits": 0, "return_softmax_lse": False,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

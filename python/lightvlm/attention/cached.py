@@ -1,0 +1,96 @@
+"""A call on a cache as one torch op that declares what it writes; `ops.py` says why ops, and when they are used."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .append import append_
+from .call import Call, NewTokens
+from .choice import choose
+from .result import empty_result, nothing_to_do
+from .rotary import rotate
+from .values import check_values
+
+
+def attend(query: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    """out and lse (contiguous), and the rotated query if it was rotated and wanted, else an empty tensor.
+
+    k and v are rotated and written into k_cache and v_cache first. rest: as in _attend below.
+    """
+    call = _attend_op if torch.compiler.is_compiling() else _attend
+    return call(query, k_cache, v_cache, *rest)  # type: ignore[arg-type]
+
+
+def _attend(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    at_once: bool,
+    rotated_wanted: bool,
+    lens: Tensor | None,
+    leftpad: Tensor | None,
+    batch_idx: Tensor | None,
+    block_table: Tensor | None,
+    splits: int,
+    capacity: int,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    alibi: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of a Call and of its NewTokens; capacity: tokens that a row has room for."""
+    ends, new = lens, None
+    if k is not None and v is not None:
+        assert lens is not None
+        ends = lens + k.shape[1]
+        new = NewTokens(k, v, lens, cos, sin, interleaved, at_once)
+    shape = (query.shape[1], capacity, scale, left, right, softcap, alibi)
+    where = (None, None, ends, leftpad, batch_idx, block_table, splits)
+    call = Call(query, k_cache, v_cache, *shape, *where, new)
+    check_values(call)
+    backend = None if nothing_to_do(call) else choose(call)  # raises before anything is written
+    rotated = query.new_empty(0)
+    if new is not None and (backend is None or not backend.appends or rotated_wanted):
+        _write(call, new)
+        if cos is not None and rotated_wanted:
+            rotated = call.query
+    out, lse = empty_result(call) if backend is None else backend.run(call)
+    return out.contiguous(), lse.contiguous(), rotated
+
+
+def _write(call: Call, new: NewTokens) -> None:
+    """Rotates what is to be rotated and writes the new tokens: the call is one on a plain cache afterwards."""
+    key = new.key
+    if new.cos is not None and new.sin is not None:
+        first = new.lens[:, None]
+        steps = torch.arange(max(key.shape[1], call.query.shape[1]), device=key.device)
+        rows = steps[: 1 if new.at_once else call.query.shape[1]]
+        key = rotate(key, new.cos, new.sin, first + steps[: key.shape[1]], new.interleaved)
+        call.query = rotate(call.query, new.cos, new.sin, first + rows, new.interleaved)
+    clip = key.device.type != "cpu"
+    append_(call.key, key, new.lens, call.batch_idx, call.block_table, clip=clip)
+    append_(call.value, new.value, new.lens, call.batch_idx, call.block_table, clip=clip)
+    call.new = None
+
+
+_attend_op = torch.library.custom_op(
+    "lightvlm_attention::attend_cache", _attend, mutates_args=("k_cache", "v_cache")
+)
+
+
+@_attend_op.register_fake
+def _attend_fake(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, rows, heads, _ = query.shape
+    _, _, cos, _, _, _, rotated_wanted = rest[:7]
+    lse = query.new_empty((batch, heads, rows), dtype=torch.float32)
+    rotated = query.new_empty(query.shape if cos is not None and rotated_wanted else 0)
+    return query.new_empty(query.shape), lse, rotated
