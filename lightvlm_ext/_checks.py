@@ -67,7 +67,7 @@ def real(value: object, name: str) -> float:
     """`value` as a finite float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, must be a float")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # torch.compile can follow comparisons, not math.isfinite
         raise ValueError(f"{name}: got {value}, must be finite")
     return float(value)
 
