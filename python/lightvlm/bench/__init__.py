@@ -24,6 +24,7 @@ KINDS = {
     "fidelity": "accuracy of the reference VLM under a method, over what is left of the work",
     "decode": "decode steps of a whole decoder on long caches in few bits, or whole answers; time, bytes and bound",
     "sparse": "prefill in which only some tokens attend (ZipVL), against full attention",
+    "attention": "flash-attn's functions on this package's backends: their overhead, importance, decoding steps",
     "compare": "two results of a benchmark: what got slower, what got faster",
 }
 """Kind -> what it measures. The name is also the module's."""

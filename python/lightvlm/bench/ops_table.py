@@ -1,4 +1,4 @@
-"""The table that ``lightvlm bench ops`` prints."""
+"""The table that ``lightvlm bench ops`` and ``lightvlm bench attention`` print."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FIGURES = ("us", "baseline us", "ratio", "GB/s", "TFLOP/s", "of floor")
 
 def table(result: dict[str, Any]) -> Table:
     """One line for each row; a row without figures says why it has none."""
-    made = Table(title=f"ops on {result['device']}, torch {result['torch']}, {result['commit']}")
+    made = Table(title=f"{result['kind']} on {result['device']}, torch {result['torch']}, {result['commit']}")
     made.add_column("op")
     made.add_column("case", overflow="fold")
     for name in _FIGURES:

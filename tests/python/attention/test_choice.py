@@ -65,12 +65,21 @@ def test_where_a_call_lands(ran: list[str], options: dict[str, Any], backend: st
 
 
 def test_where_a_decoding_step_lands(ran: list[str]) -> None:
-    for options in ({}, {"causal": True}, {"window_size": (2, 0)}):
-        flash_attn_with_kvcache(*tensors(1), cache_seqlens=5, **options)
-    assert ran == ["decode"] * 3
-    flash_attn_with_kvcache(*tensors(1, width=40), cache_seqlens=5)
-    flash_attn_with_kvcache(*tensors(2), cache_seqlens=5)
-    assert ran[3:] == ["cpu_flash", "cpu_flash"]
+    """In 16 bit on this package's own kernel; in fp32 on torch's, unless keys would have to be copied for it."""
+
+    def step(rows: int = 1, width: int = 32, dtype: torch.dtype = torch.bfloat16, **options: Any) -> str:
+        flash_attn_with_kvcache(*(x.to(dtype) for x in tensors(rows, width)), cache_seqlens=5, **options)
+        return ran.pop()
+
+    index = torch.tensor([0], dtype=torch.int32)
+    assert [step(), step(causal=True), step(window_size=(2, 0))] == ["decode"] * 3
+    assert [step(width=40), step(rows=2)] == ["cpu_flash"] * 2
+    assert step(rows=2, window_size=(2, 0)) == "tiled"
+    assert step(dtype=torch.float32) == "cpu_flash"
+    assert step(dtype=torch.float32, window_size=(2, 0)) == "decode"
+    pages = [x.view(2, 16, 2, 32) for x in torch.randn(2, 2, 16, 64).unbind()]
+    flash_attn_with_kvcache(tensors(1)[0], *pages, cache_seqlens=5, block_table=index[:, None])
+    assert ran == ["decode"]
 
 
 def test_use_backend(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +139,7 @@ def test_none_can() -> None:
 
 
 def test_no_backend_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_ON_CPU", choice.TABLE[:1])
+    monkeypatch.setattr(choice, "_candidates", lambda call: choice.TABLE[:1])
     with pytest.raises(ValueError, match="no attention backend can run this call"):
         flash_attn_func(*tensors())
 
