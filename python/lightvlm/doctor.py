@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import importlib.util
 import re
@@ -26,6 +27,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from . import __version__
+    from .attention import backends as attention_backends
     from .methods import method_names
     from .models import supported_classes
     from .processing import COMPOSED
@@ -50,6 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "packages": packages,
         "backends": backends,
         "attention": {"sdpa": True, **{name: _version(name, wheel) for name, wheel in _ATTENTION.items()}},
+        "attention_backends": [dataclasses.asdict(backend) for backend in attention_backends()],
         "methods": method_names(),
         "models": supported_classes(),
         "reference_vlm": _reference(problems),
@@ -156,6 +159,8 @@ def show(result: dict[str, Any]) -> None:
         rows.append((f"ops: {name}", value or "-"))
     for name, version in result["attention"].items():
         rows.append((f"attention: {name}", "yes" if version is True else version or "not found"))
+    for backend in result["attention_backends"]:
+        rows.append((f"attention backend: {backend['name']}", backend["missing"] or "usable"))
     rows.append(("methods", ", ".join(result["methods"])))
     rows.append(("models", ", ".join(result["models"])))
     rows.append(("reference VLM", result["reference_vlm"] or "not found"))

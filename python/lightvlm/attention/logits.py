@@ -31,7 +31,7 @@ def row_logits(
         logits = logits.div_(call.softcap).tanh_().mul_(call.softcap)
     distance = columns - positions[:, None]
     if slopes is not None:
-        logits -= slopes[:, None, None] * distance.abs()
+        logits.addcmul_(slopes[:, None, None], distance.abs().float(), value=-1)
     hidden = (columns < begin) | (columns >= end)
     if call.left >= 0:
         hidden = hidden | (distance < -call.left)

@@ -1,6 +1,7 @@
 """Stand-ins for GPU kernels: their signatures and conventions, computed from the formula on a CPU.
 
-They pin down what is handed over and what is made of the answer; whether the kernels do the same, test_gpu.py asks.
+They pin down what is handed over and what is made of the answer. Whether the kernels do the same, test_attention_gpu.py
+asks.
 """
 
 from __future__ import annotations

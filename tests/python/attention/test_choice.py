@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
-from lightvlm import attention
+from lightvlm import attention, cli
 from lightvlm.attention import backends, choice, flash_attn_func, flash_attn_with_kvcache, use_backend
 from lightvlm.attention.call import Call
 from torch import Tensor
@@ -142,6 +143,15 @@ def test_no_backend_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_candidates", lambda call: choice.TABLE[:1])
     with pytest.raises(ValueError, match="no attention backend can run this call"):
         flash_attn_func(*tensors())
+
+
+def test_doctor_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["attention_backends"]
+    assert [(one["name"], one["missing"]) for one in found] == [(one.name, one.missing) for one in backends()]
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["attention", "backend:", "cpu_flash", "usable"] for line in lines)
 
 
 def test_exports() -> None:

@@ -1,6 +1,6 @@
 """The GPU backends against stand-ins for their kernels (`stubs.py`): what they hand over, what they make of the answer.
 
-What the kernels themselves compute, test_gpu.py asks.
+What the kernels themselves compute, test_attention_gpu.py asks.
 """
 
 from __future__ import annotations
