@@ -17,7 +17,21 @@ if TYPE_CHECKING:
     from .cache import CompactCache
     from .decode_loop import generate
     from .kl import Divergence, divergence
-    from .methods import KVPrecision, LightVLM, Random, ZipVL, method, method_names
+    from .methods import (
+        H2O,
+        KIVI,
+        KVPrecision,
+        LightVLM,
+        LookM,
+        PyramidKV,
+        Random,
+        SnapKV,
+        StreamingLLM,
+        VLCache,
+        ZipVL,
+        method,
+        method_names,
+    )
     from .paged_cache import PagedCompactCache
     from .pages import KVPages
     from .plan import Plan
@@ -25,16 +39,23 @@ if TYPE_CHECKING:
     from .runtime import Run, attach
 
 __all__ = [
+    "H2O",
+    "KIVI",
     "CompactCache",
     "Divergence",
     "KVPages",
     "KVPrecision",
     "LightVLM",
+    "LookM",
     "PagedCompactCache",
     "Plan",
+    "PyramidKV",
     "Random",
     "Report",
     "Run",
+    "SnapKV",
+    "StreamingLLM",
+    "VLCache",
     "ZipVL",
     "__version__",
     "attach",
@@ -54,6 +75,13 @@ _HOME = {
     "PagedCompactCache": "paged_cache",
     "Plan": "plan",
     "Random": "methods",
+    "VLCache": "methods",
+    "StreamingLLM": "methods",
+    "SnapKV": "methods",
+    "PyramidKV": "methods",
+    "LookM": "methods",
+    "KIVI": "methods",
+    "H2O": "methods",
     "Report": "report",
     "Run": "runtime",
     "ZipVL": "methods",

@@ -51,7 +51,22 @@ def check_storage(plan: Plan | None, head_width: int) -> None:
         return
     if not isinstance(part, PrecisionPart):
         raise ValueError(f"plan.precision is a {type(part).__name__}, which this version does not know")
-    if isinstance(cache, CachePart):
+    if isinstance(cache, CachePart) and cache.evicts_prompt:
+        if part.separates:
+            raise ValueError(
+                "plan.precision has low_bits for tokens of the prompt, from which plan.cache evicts; use one of the two"
+            )
+        if part.keep_text:
+            raise ValueError(
+                "plan.precision has keep_text, but which of the text is left is for plan.cache to choose; use one of "
+                "the two"
+            )
+    if isinstance(cache, CachePart) and cache.evicts_generated:
+        if cache.per_head:
+            raise ValueError(
+                "plan.cache evicts per head while decoding, and packed tokens are all heads' together; use "
+                "per_head=False with plan.precision"
+            )
         if not cache.wants_mass:
             raise ValueError(
                 "plan.cache must score by the attention added up while decoding (score='mass') where plan.precision "
@@ -244,13 +259,24 @@ def _move_to_front(layers: list[CompactLayer], gone: int) -> None:
 
 
 def move_rows(layers: Sequence[CompactLayer], index: list[Tensor], count: list[Tensor]) -> None:
-    """Move rows of the buffers, and what they received, to the front: all layers in one launch."""
+    """Move rows of the buffers, and what they received, to the front: all layers in one launch.
+
+    index: for each layer (B, M), or (B, Hkv, M) where heads keep tokens of their own.   count: for each (B,).
+    """
+    masses: list[list[Tensor]] = []
+    counts = []
+    for layer, at, number in zip(layers, index, count, strict=True):
+        heads = at.shape[1] if at.dim() == 3 else 0
+        counts.append(number[:, None].repeat(1, heads) if heads else number)
+        # compact_kv_ reads (B, Hkv, N) first with an index per head, and (B, N, Hkv) first without
+        received = layer.mass if heads or layer.mass is None else layer.mass.transpose(1, 2)
+        masses.append([] if received is None else [received])
     ops.compact_kv_(
         [layer.key_storage for layer in layers],
         [layer.value_storage for layer in layers],
         index,
-        count,
-        extras=[[] if layer.mass is None else [layer.mass.transpose(1, 2)] for layer in layers],
+        counts,
+        extras=masses,
     )
 
 

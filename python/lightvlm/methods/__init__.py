@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from ..plan import Plan
 from .base import Method
+from .h2o import H2O
+from .kivi import KIVI
 from .kv_precision import KVPrecision
 from .lightvlm import LightVLM
+from .look_m import LookM
+from .pyramidkv import PyramidKV
 from .random import Random
+from .snapkv import SnapKV
+from .streaming_llm import StreamingLLM
+from .vl_cache import VLCache
 from .zipvl import ZipVL, ZipVLPrefill
 
 METHODS: dict[str, Method] = {
@@ -15,6 +22,13 @@ METHODS: dict[str, Method] = {
         Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
         Method("random", Random, "baseline"),
         Method("zipvl", ZipVL, "arXiv 2410.08584", knob="tau", levels=(0.975, 0.96)),
+        Method("snapkv", SnapKV, "arXiv 2404.14469"),
+        Method("pyramidkv", PyramidKV, "arXiv 2406.02069"),
+        Method("h2o", H2O, "arXiv 2306.14048"),
+        Method("streaming_llm", StreamingLLM, "arXiv 2309.17453"),
+        Method("vl_cache", VLCache, "arXiv 2410.23317"),
+        Method("look_m", LookM, "arXiv 2406.18139"),
+        Method("kivi", KIVI, "arXiv 2402.02750", knob="bits", levels=(4, 2)),
     )
 }
 
@@ -37,4 +51,19 @@ def method(name: str, **options: object) -> Plan:
     return found.make(**options)
 
 
-__all__ = ["KVPrecision", "LightVLM", "Random", "ZipVL", "ZipVLPrefill", "method", "method_names"]
+__all__ = [
+    "H2O",
+    "KIVI",
+    "KVPrecision",
+    "LightVLM",
+    "LookM",
+    "PyramidKV",
+    "Random",
+    "SnapKV",
+    "StreamingLLM",
+    "VLCache",
+    "ZipVL",
+    "ZipVLPrefill",
+    "method",
+    "method_names",
+]
