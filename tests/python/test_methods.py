@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightvlm.layout import RowLayout, Run
+from lightvlm.methods import METHODS
 from lightvlm.methods.base import Stage, StageInput, keep_count
 from lightvlm.methods.lightvlm import LightVLMPrefill, default_layers
 from lightvlm.methods.random import RandomPrefill
@@ -19,11 +20,12 @@ from lightvlm.session import Level, plan_stage
 
 
 def test_registry() -> None:
-    assert lightvlm.method_names() == ["lightvlm", "random", "zipvl"]
+    assert lightvlm.method_names() == sorted(METHODS)
+    assert {"h2o", "lightvlm", "random", "zipvl"} < set(METHODS)
     assert lightvlm.method("lightvlm", keep=0.5) == lightvlm.LightVLM(keep=0.5)
     assert lightvlm.method("random") == lightvlm.Random()
-    with pytest.raises(ValueError, match="method must be one of lightvlm, random, zipvl, got 'fastv'"):
-        lightvlm.method("fastv")
+    with pytest.raises(ValueError, match="method must be one of h2o, .*, zipvl, got 'slowv'"):
+        lightvlm.method("slowv")
     with pytest.raises(TypeError, match="strenth"):
         lightvlm.method("lightvlm", strenth=1)
 
@@ -94,13 +96,14 @@ def test_counts_of_a_stage_never_grow() -> None:
         RowLayout(5, (Run(None, 11),)),
     )
     originals = [row.image_sizes for row in rows]
-    first = plan_stage(Level(rows, 16), originals, 0.5)
+    part = RandomPrefill()
+    first = plan_stage(Level(rows, 16), originals, Stage(2, 0.5), part.counts)
     assert first.keep == [[5, 2], []]
     assert [row.tokens for row in first.after.rows] == [10, 11]
     assert first.after.length == 11
     assert first.after.starts == [1, 0]
     # 0.45 of 10 rounds to 5 and of 3 to 1: counts are of the original tokens, whatever the stage before left
-    second = plan_stage(first.after, originals, 0.45)
+    second = plan_stage(first.after, originals, Stage(3, 0.45), part.counts)
     assert second.keep == [[5, 1], []]
     assert second.after.tail == 0
 
