@@ -24,7 +24,7 @@ def test_registry() -> None:
     assert {"h2o", "lightvlm", "random", "zipvl"} < set(METHODS)
     assert lightvlm.method("lightvlm", keep=0.5) == lightvlm.LightVLM(keep=0.5)
     assert lightvlm.method("random") == lightvlm.Random()
-    with pytest.raises(ValueError, match="method must be one of h2o, .*, zipvl, got 'slowv'"):
+    with pytest.raises(ValueError, match=r"method must be one of h2o, .*, zipvl, got 'slowv'"):
         lightvlm.method("slowv")
     with pytest.raises(TypeError, match="strenth"):
         lightvlm.method("lightvlm", strenth=1)
