@@ -76,6 +76,11 @@ def check_storage(plan: Plan | None, head_width: int) -> None:
             raise ValueError(
                 f"plan.cache, a {type(cache).__name__}, has no budget, which plan.precision needs"
             )
+        if part.prompt_block is not None:
+            raise ValueError(
+                "plan.precision has prompt_block, and plan.cache evicts single tokens of the prompt while decoding, "
+                "which would leave the others with scales that are not theirs; use one of the two"
+            )
     if head_width not in PACKED_HEAD_DIMS:
         raise ValueError(
             f"model has heads of {head_width} channels; a packed cache needs {', '.join(map(str, PACKED_HEAD_DIMS))}"
@@ -189,7 +194,9 @@ def _pack_layer(
         if max(found) > 0:
             places = group.index[:, : max(found)]
             key, value = _take(layer, places, group.count)
-            packed = ops.quantize_kv(key, value, bits=group.bits, lens=group.count.clone())
+            packed = ops.quantize_kv(
+                key, value, bits=group.bits, lens=group.count.clone(), block=part.prompt_block
+            )
             store.prompt.append(PromptKV(packed, found, _take_mass(layer, places, group.count)))
     store.in_order = len(store.prompt) <= 1 and max(map(len, kept), default=0) <= part.sinks
     index, count = _places([end - last for (_, end), last in zip(spans, recent, strict=True)], recent, device)

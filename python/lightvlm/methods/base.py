@@ -255,10 +255,11 @@ class PromptLayer:
 
     def images(self, device: torch.device) -> Tensor:
         """(B, M) bool: image tokens."""
-        kinds = [
-            [False] * start + [run.image is not None for run in row.runs for _ in range(run.tokens)]
-            for row, start in zip(self.rows, self.starts, strict=True)
-        ]
+        kinds = torch.zeros(len(self.rows), self.length, dtype=torch.bool)
+        for own, row, at in zip(kinds, self.rows, self.starts, strict=True):
+            for run in row.runs:
+                own[at : at + run.tokens] = run.image is not None
+                at += run.tokens
         return upload(kinds, device, torch.bool)
 
 
@@ -383,6 +384,8 @@ class PrecisionPart(Part):
     """Generated tokens that are packed at a time, a multiple of 64."""
     keep_text: bool
     """Whether the prompt's text stays in 16 bits."""
+    prompt_block: int | None = None
+    """Tokens of the prompt that share channel scales, a multiple of 64; None: all of a row."""
 
     def levels(self, layer: int, layers: int) -> tuple[int, ...]:
         """Bits of a layer's important tokens, and, where they differ, of the others; () leaves the layer as it is."""

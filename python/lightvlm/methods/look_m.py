@@ -25,6 +25,7 @@ from lightvlm_ext import ops
 from lightvlm_ext.ops import Selection
 
 from ..host import upload
+from ..layout import RowLayout
 from ..plan import KeepForLater, Plan, check_options, option, register_part
 from .base import PromptCachePart, PromptChoice, PromptInput, PromptLayer, check_keep
 from .eviction import LEAST, budget, choose_places, received, share_of
@@ -54,9 +55,14 @@ class LookMCache(PromptCachePart):
         return received(prompt)
 
     def choose_prompt(self, seen: Sequence[tuple[PromptLayer, Tensor]]) -> list[PromptChoice | None]:
-        return [self._choose(prompt, scores) for prompt, scores in seen]
+        images: dict[
+            tuple[RowLayout, ...], Tensor
+        ] = {}  # layers between two stages of a prefill part have the same
+        return [self._choose(prompt, scores, images) for prompt, scores in seen]
 
-    def _choose(self, prompt: PromptLayer, scores: Tensor) -> PromptChoice | None:
+    def _choose(
+        self, prompt: PromptLayer, scores: Tensor, images: dict[tuple[RowLayout, ...], Tensor]
+    ) -> PromptChoice | None:
         kept = [
             min(tokens, budget(before, self.keep, 0, self.min_tokens))
             for tokens, before in zip(prompt.tokens, prompt.prompt, strict=True)
@@ -72,7 +78,10 @@ class LookMCache(PromptCachePart):
         free = [count - last - text for count, last, text in zip(kept, recent, old_text, strict=True)]
         fits = [left >= 0 for left in free]
         free = [left if left >= 0 else left + text for left, text in zip(free, old_text, strict=True)]
-        device, image = scores.device, prompt.images(scores.device)
+        device = scores.device
+        if prompt.rows not in images:
+            images[prompt.rows] = prompt.images(device)
+        image = images[prompt.rows].to(device)  # layers may be on several devices
         start, last = upload([prompt.starts, recent], device)[..., None]
         at = torch.arange(prompt.length, device=device)
         inside, ending = at >= start, at >= prompt.length - last

@@ -42,7 +42,7 @@ class _Seen:
 
 @register_part("cache", "vl_cache")
 @dataclass(frozen=True)
-class VLCacheCache(PromptCachePart):
+class VLCachePart(PromptCachePart):
     """Keep what the text after the image looks at; layers share the budget by how spread out their attention is."""
 
     keep: float = option(0.1, "share of the prompt's tokens that stay, mean over layers")
@@ -119,9 +119,9 @@ class VLCacheCache(PromptCachePart):
 
 
 def VLCache(keep: float = 0.1, *, keep_for_later: KeepForLater = "offload", **options: object) -> Plan:
-    """A plan that evicts from the prompt as VL-Cache does; options: see :class:`VLCacheCache`, and ``keep_for_later``:
+    """A plan that evicts from the prompt as VL-Cache does; options: see :class:`VLCachePart`, and ``keep_for_later``:
     :class:`lightvlm.Plan`."""
     return Plan(
-        cache=VLCacheCache(keep=keep, **options),  # type: ignore[arg-type]
+        cache=VLCachePart(keep=keep, **options),  # type: ignore[arg-type]
         keep_for_later=keep_for_later,
     )

@@ -1,4 +1,4 @@
-"""What becomes of a cache that was evicted from right after its prompt: every method, everything a cache is used for."""
+"""A cache that was evicted from right after its prompt: every method, in everything that a cache is used for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from python.stored import bytes_alive
 from python.talk import ANSWER, QUESTION, Conversation, check, stored
 from python.test_host_reads import counted_reads
 from python.test_prefill import ROWS, lightvlm_plan, noise, prompt
-from python.tiny import DEPTH, LLAVA, Family, extend, generate, generate_logits
+from python.tiny import DEPTH, LLAVA, Family, Image, extend, generate, generate_logits
+
+from lightvlm_ext import ops
 
 SMALL: dict[str, Any] = {"min_tokens": 1}
 PLANS = {
@@ -159,12 +161,13 @@ def test_assisted_decoding(model: Any, family: Family, name: str) -> None:
 
 def test_the_first_chunk_is_a_prompt(model: Any, family: Family) -> None:
     """Chunked prefill: the first chunk is evicted from, the others are appended."""
-    row = [*ROWS[2], *range(10, 30)]
+    row, first = [1, Image(0), *range(2, 21)], 30
+    length = family.batch([row])["input_ids"].shape[1]
     cache = CompactCache(model.config)
     with lightvlm.attach(model, PLANS["snapkv"]) as run:
-        first = len(family.batch([row])["input_ids"][0]) - 6
         generate(model, family.batch([row]), 4, past_key_values=cache, prefill_chunk_size=first)
-    assert stored(cache) == [[max(1, int(0.4 * first + 0.5)) + 6 + 3]] * DEPTH
+    assert stored(cache) == [[12 + length - first + 3]] * DEPTH  # 0.4 of 30
+    assert run.report().stepped_aside == {}
     assert run.report().reread == 0
 
 
@@ -342,7 +345,7 @@ def test_pages_hold_all_heads_of_a_token(llava: Any, name: str) -> None:
 @pytest.mark.parametrize("prefill", [False, True], ids=["whole", "reduced"])
 @pytest.mark.parametrize("name", PROMPT_ONLY)
 def test_what_is_left_is_packed(wide: Any, name: str, prefill: bool) -> None:
-    """Eight bits, whose logits are close to those of 16; only what was kept is stored, between sinks and last tokens."""
+    """Eight bits, whose logits are close to those of 16; only what was kept is stored."""
     precision = KVPrecision(bits=8, sinks=1, recent=3)
     cache_part = PLANS[name].cache
     first = lightvlm_plan().prefill if prefill else None
@@ -360,7 +363,10 @@ def test_what_is_left_is_packed(wide: Any, name: str, prefill: bool) -> None:
             )
             found.append(step.logits)
     for layer, packed in zip(*(cache.layers for cache in caches), strict=True):
-        assert packed.packed is not None
+        if packed.packed is None:  # in no row so much is left that it would be worth it
+            assert max(packed.ends) <= 1 + 3 + 1  # the token after the prompt
+            assert packed.ends == layer.ends
+            continue
         counts = [sum(pair) for pair in zip(packed.packed.counts, packed.ends, strict=True)]
         assert counts == [end - start for start, end in zip(layer.starts, layer.ends, strict=True)]
         assert [one.packed.bits for one in packed.packed.prompt] == [8]
@@ -390,27 +396,74 @@ def test_heavy_hitters_on_a_packed_cache(wide: Any) -> None:
         cache=lightvlm.H2O(keep=0.3, interval=32, per_head=False, **SMALL).cache,
         precision=KVPrecision(bits=8, sinks=1, recent=2, interval=64),
     )
-    cache = CompactCache(wide.config)
+    cache, inputs = CompactCache(wide.config), LLAVA.batch([DRAFTED * 3])
+    prompt_tokens = inputs["input_ids"].shape[1]
     with lightvlm.attach(wide, plan) as run:
-        _, logits = generate_logits(wide, LLAVA.batch([DRAFTED * 3]), 100, past_key_values=cache)
+        _, logits = generate_logits(wide, inputs, 100, past_key_values=cache)
     assert logits.isfinite().all()
-    assert run.report().compactions == 3
+    assert run.report().compactions > 0
     for layer in cache.layers:
         assert layer.packed is not None
-        assert (
-            layer.held <= 0.3 * layer.seen + 64 + 34
-        )  # blocks stay whole; generated tokens wait to be packed
+        # of the prompt's tokens more went than when it was read; blocks of generated ones stay whole
+        assert 0 < sum(one.counts[0] for one in layer.packed.prompt) < 0.3 * prompt_tokens - 3
 
 
 def test_kivi_is_a_preset(wide: Any) -> None:
     plan = lightvlm.KIVI(recent=8)
-    assert plan == Plan(precision=KVPrecision(bits=2, sinks=0, recent=8, interval=64))
-    assert lightvlm.KIVI() == Plan(precision=KVPrecision(bits=2, sinks=0, recent=128, interval=64))
-    assert lightvlm.KIVI(4, sinks=3).precision == KVPrecision(bits=4, sinks=3, recent=128, interval=64)
+    blocks = {"interval": 64, "prompt_block": 64}
+    assert plan == Plan(precision=KVPrecision(bits=2, sinks=0, recent=8, **blocks))
+    assert lightvlm.KIVI() == Plan(precision=KVPrecision(bits=2, sinks=0, recent=128, **blocks))
+    assert lightvlm.KIVI(4, sinks=3).precision == KVPrecision(bits=4, sinks=3, recent=128, **blocks)
+
+
+def test_blocks_of_a_prompt(wide: Any) -> None:
+    """Each 64 tokens of a row are stored as if they were all there is."""
+    rows, whole, cache = [ROWS[2] * 4, ROWS[0] * 2], CompactCache(wide.config), CompactCache(wide.config)
+    inputs = prompt(LLAVA, rows)
+    with torch.no_grad():
+        with lightvlm.attach(wide, Plan()):
+            wide(**inputs, past_key_values=whole)
+        with lightvlm.attach(wide, lightvlm.KIVI(recent=5)):
+            wide(**inputs, past_key_values=cache)
+    for layer, full in zip(cache.layers, whole.layers, strict=True):
+        (stored_,) = layer.packed.prompt
+        assert stored_.packed.bits == 2
+        key, value = ops.dequantize_kv(stored_.packed, torch.float32)
+        for row, (start, end) in enumerate(zip(full.starts, full.ends, strict=True)):
+            assert stored_.counts[row] == end - start - 5
+            places = range(start, end - 5, 64)
+            assert len(places) > 1 or row
+            for number, at in enumerate(places):
+                own = slice(at, min(at + 64, end - 5))
+                alone = ops.quantize_kv(
+                    full.key_storage[row : row + 1, own], full.value_storage[row : row + 1, own], bits=2
+                )
+                wanted = ops.dequantize_kv(alone, torch.float32)
+                here = slice(64 * number, 64 * number + own.stop - own.start)
+                assert torch.equal(key[row, here], wanted[0][0])
+                assert torch.equal(value[row, here], wanted[1][0])
+    scales = sum(-(-count // 64) for count in stored_.counts)
+    tokens = sum(stored_.counts)
+    heads, width = cache.heads
+    each = heads * (tokens * (2 * width // 4 + 4) + scales * 12 * width)
+    assert cache.layers[-1].packed.bytes_used == each
+    assert whole.layers[-1].bytes_used() > each
+
+
+def test_kivi_with_eviction_and_a_later_block(wide: Any, tmp_path: Path) -> None:
+    """From the prompt before it is stored; generated tokens are packed, rows change places, a file holds it."""
+    plan = Plan(None, PLANS["snapkv"].cache, lightvlm.KIVI(recent=4).precision)
+    rows = [ROWS[2] * 6, ROWS[2] * 5]
     cache = CompactCache(wide.config)
     with lightvlm.attach(wide, plan):
-        generate(wide, LLAVA.batch(ROWS), 4, past_key_values=cache)
-    assert {one.packed.bits for layer in cache.layers for one in layer.packed.prompt} == {2}
+        found = generate(wide, LLAVA.batch(rows), 75, past_key_values=cache)
+        alone = [generate(wide, LLAVA.batch([row]), 75)[0] for row in rows]
+        assert torch.equal(found, torch.stack(alone))
+        assert all(layer.packed.generated for layer in cache.layers)  # type: ignore[union-attr]
+        cache.save(tmp_path / "cache.safetensors")
+        other = CompactCache.load(tmp_path / "cache.safetensors", wide.config)
+        assert other.kv_bytes_used == cache.kv_bytes_used
+        generate(wide, LLAVA.batch(rows), 4, num_beams=2)
 
 
 EVICTS = lightvlm.SnapKV(keep=0.5).cache
@@ -422,8 +475,8 @@ ZIPVL = ZipVLPrefill(min_tokens=1)
     [
         (
             Plan(dataclasses.replace(ZIPVL, unimportant="drop"), EVICTS),
-            "plan.prefill drops the keys of tokens that did not attend (unimportant='drop'), and plan.cache evicts from "
-            "the prompt, too; use one of the two",
+            "plan.prefill drops the keys of tokens that did not attend (unimportant='drop'), and plan.cache evicts "
+            "from the prompt, too; use one of the two",
         ),
         (
             Plan(ZIPVL, EVICTS, KVPrecision(bits=4, low_bits=2)),
@@ -436,6 +489,10 @@ ZIPVL = ZipVLPrefill(min_tokens=1)
         (
             Plan(None, lightvlm.H2O().cache, KVPrecision()),
             "plan.cache evicts per head while decoding, and packed tokens are all heads' together; use per_head=False",
+        ),
+        (
+            Plan(None, DecodeCompaction(), KVPrecision(prompt_block=64)),
+            "plan.precision has prompt_block, and plan.cache evicts single tokens of the prompt while decoding",
         ),
         (
             Plan(None, lightvlm.StreamingLLM().cache, KVPrecision()),

@@ -8,7 +8,7 @@ from typing import Any
 import lightvlm
 import pytest
 from lightvlm import Plan
-from lightvlm.methods.vl_cache import VLCacheCache
+from lightvlm.methods.vl_cache import VLCachePart
 from python.field.slow_cache import Kept, Seen, SlowCache, check_decoding, check_prompt, count_of, highest
 from python.test_prefill import ENDS, ROWS, lightvlm_plan
 from python.tiny import Family
@@ -64,7 +64,7 @@ def test_it_keeps_what_it_says(model: Any, family: Family, name: str) -> None:
     check_prompt(
         model,
         family,
-        VLCacheCache(**OPTIONS[name]),
+        VLCachePart(**OPTIONS[name]),
         lambda seen: vl_cache(seen, OPTIONS[name]),
         [*ROWS, *ENDS],
     )
@@ -73,7 +73,7 @@ def test_it_keeps_what_it_says(model: Any, family: Family, name: str) -> None:
 @pytest.mark.parametrize("reduce", [False, True], ids=["whole", "reduced"])
 def test_what_follows(model: Any, family: Family, reduce: bool) -> None:
     options = OPTIONS["usual"]
-    plan = Plan(lightvlm_plan().prefill if reduce else None, VLCacheCache(**options))
+    plan = Plan(lightvlm_plan().prefill if reduce else None, VLCachePart(**options))
     check_decoding(
         model,
         family,
@@ -107,5 +107,5 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 def test_published_defaults() -> None:
     part = lightvlm.VLCache().cache
-    assert isinstance(part, VLCacheCache)
+    assert isinstance(part, VLCachePart)
     assert (part.keep, part.threshold, part.recent_share) == (0.1, 0.01, 0.1)
