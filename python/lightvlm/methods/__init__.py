@@ -7,20 +7,26 @@ from .base import Method
 from .h2o import H2O
 from .kivi import KIVI
 from .kv_precision import KVPrecision
+from .lightkv import LightKV
 from .lightvlm import LightVLM
 from .look_m import LookM
+from .prumerge import PruMerge
 from .pyramidkv import PyramidKV
 from .random import Random
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLM
+from .visionzip import VisionZip
 from .vl_cache import VLCache
 from .zipvl import ZipVL, ZipVLPrefill
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
+        Method("lightkv", LightKV, "arXiv 2605.00789"),
         Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
+        Method("prumerge", PruMerge, "arXiv 2403.15388"),
         Method("random", Random, "baseline"),
+        Method("visionzip", VisionZip, "arXiv 2412.04467"),
         Method("zipvl", ZipVL, "arXiv 2410.08584", knob="tau", levels=(0.975, 0.96)),
         Method("snapkv", SnapKV, "arXiv 2404.14469"),
         Method("pyramidkv", PyramidKV, "arXiv 2406.02069"),
@@ -55,13 +61,16 @@ __all__ = [
     "H2O",
     "KIVI",
     "KVPrecision",
+    "LightKV",
     "LightVLM",
     "LookM",
+    "PruMerge",
     "PyramidKV",
     "Random",
     "SnapKV",
     "StreamingLLM",
     "VLCache",
+    "VisionZip",
     "ZipVL",
     "ZipVLPrefill",
     "method",
