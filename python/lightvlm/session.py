@@ -19,7 +19,15 @@ from .host import upload
 from .layout import FIRST_IMAGE, TEXT, BatchLayout, RowLayout
 from .methods.base import Picture, PrefillPart, Probe, Stage, StageInput
 from .models.base import Adapter
-from .probing import coming_keys, coming_queries, gather_rows, probe_positions, scale_of, spread
+from .probing import (
+    coming_keys,
+    coming_queries,
+    gather_rows,
+    probe_positions,
+    question_tokens,
+    scale_of,
+    spread,
+)
 
 
 @dataclass(frozen=True)
@@ -237,6 +245,7 @@ class Prefill:
         keep = upload([kept + [0] * (images - len(kept)) for kept in stage.keep], hidden.device)
         if self.part.counts_sizes and self._sizes is None:
             self._sizes = torch.ones(hidden.shape[:2], device=hidden.device)
+        text = self._codes == TEXT
         reduced = self.part.reduce(
             StageInput(
                 stage=stage.stage,
@@ -244,7 +253,8 @@ class Prefill:
                 scores=self._scores,
                 segment=self._segment(),
                 within=self._within,
-                text=self._codes == TEXT,
+                text=text,
+                question=self._question(text),
                 keep=keep,
                 capacity=stage.after.length,
                 pictures=stage.pictures,
@@ -261,6 +271,14 @@ class Prefill:
         if self.part.positions != "keep":
             self._renumber(stage, reduced.hidden)
         return reduced.hidden
+
+    def _question(self, text: Tensor) -> Tensor:
+        """Text (B, M) without drafts, by the rule of the probe rows (:func:`question_tokens`)."""
+        if self.drafts == 0:
+            return text
+        rows = zip(self.level.rows, self.level.starts, strict=True)
+        ends = upload([start + question_tokens(row, self.drafts) for row, start in rows], text.device)
+        return text & (torch.arange(text.shape[1], device=text.device) < ends[:, None])
 
     def _cut(self, before: dict[str, Any], index: Tensor, count: Tensor, batch: int) -> None:
         """Cut everything that runs along the tokens to the kept ones, in one launch."""

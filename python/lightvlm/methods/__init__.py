@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from ..plan import Plan
 from .base import Method
+from .cdpruner import CDPruner
+from .divprune import DivPrune
+from .downsample import Downsample
+from .framefusion import FrameFusion
 from .h2o import H2O
 from .kivi import KIVI
 from .kv_precision import KVPrecision
@@ -15,6 +19,8 @@ from .pyramidkv import PyramidKV
 from .random import Random
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLM
+from .tome import ToMe
+from .uniform import Uniform
 from .visionzip import VisionZip
 from .vl_cache import VLCache
 from .zipvl import ZipVL, ZipVLPrefill
@@ -26,6 +32,12 @@ METHODS: dict[str, Method] = {
         Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
         Method("prumerge", PruMerge, "arXiv 2403.15388"),
         Method("random", Random, "baseline"),
+        Method("uniform", Uniform, "baseline"),
+        Method("downsample", Downsample, "baseline"),
+        Method("divprune", DivPrune, "arXiv 2503.02175"),
+        Method("cdpruner", CDPruner, "arXiv 2506.10967"),
+        Method("tome", ToMe, "arXiv 2210.09461, inside the decoder"),
+        Method("framefusion", FrameFusion, "arXiv 2501.01986"),
         Method("visionzip", VisionZip, "arXiv 2412.04467"),
         Method("zipvl", ZipVL, "arXiv 2410.08584", knob="tau", levels=(0.975, 0.96)),
         Method("snapkv", SnapKV, "arXiv 2404.14469"),
@@ -60,6 +72,10 @@ def method(name: str, **options: object) -> Plan:
 __all__ = [
     "H2O",
     "KIVI",
+    "CDPruner",
+    "DivPrune",
+    "Downsample",
+    "FrameFusion",
     "KVPrecision",
     "LightKV",
     "LightVLM",
@@ -69,6 +85,8 @@ __all__ = [
     "Random",
     "SnapKV",
     "StreamingLLM",
+    "ToMe",
+    "Uniform",
     "VLCache",
     "VisionZip",
     "ZipVL",

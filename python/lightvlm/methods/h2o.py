@@ -86,8 +86,10 @@ class H2OCache(CachePart):
 
 
 def H2O(keep: float = 0.2, *, keep_for_later: KeepForLater = "offload", **options: object) -> Plan:
-    """A plan that evicts as H2O does; options: see :class:`H2OCache`, and ``keep_for_later``:
-    :class:`lightvlm.Plan`."""
+    """A plan that evicts as H2O does.
+
+    Options: see :class:`H2OCache`, and ``keep_for_later``: :class:`lightvlm.Plan`.
+    """
     return Plan(
         cache=H2OCache(keep=keep, **options),  # type: ignore[arg-type]
         keep_for_later=keep_for_later,

@@ -28,8 +28,11 @@ _PRESET: dict[str, object] = {"sinks": 0, "interval": 64, "prompt_block": 64}
 def KIVI(
     bits: int = 2, recent: int = 128, *, keep_for_later: KeepForLater = "offload", **options: object
 ) -> Plan:
-    """A plan that stores the cache in few bits without sinks; ``recent``: KIVI's R. Other options: see
-    :class:`lightvlm.KVPrecision`, and ``keep_for_later``: :class:`lightvlm.Plan`."""
+    """A plan that stores the cache in few bits, without sinks.
+
+    ``recent``: KIVI's R. Other options: see :class:`lightvlm.KVPrecision`, and ``keep_for_later``:
+    :class:`lightvlm.Plan`.
+    """
     return Plan(
         precision=KVPrecision(bits=bits, recent=recent, **{**_PRESET, **options}),  # type: ignore[arg-type]
         keep_for_later=keep_for_later,

@@ -115,8 +115,10 @@ class LookMCache(PromptCachePart):
 
 
 def LookM(keep: float = 0.2, *, keep_for_later: KeepForLater = "offload", **options: object) -> Plan:
-    """A plan that evicts from the prompt and merges as LOOK-M does; options: see :class:`LookMCache`, and
-    ``keep_for_later``: :class:`lightvlm.Plan`."""
+    """A plan that evicts from the prompt and merges as LOOK-M does.
+
+    Options: see :class:`LookMCache`, and ``keep_for_later``: :class:`lightvlm.Plan`.
+    """
     return Plan(
         cache=LookMCache(keep=keep, **options),  # type: ignore[arg-type]
         keep_for_later=keep_for_later,

@@ -45,8 +45,10 @@ class PyramidKVCache(SnapKVCache):
 def PyramidKV(
     keep: float | None = None, *, keep_for_later: KeepForLater = "offload", **options: object
 ) -> Plan:
-    """A plan that evicts from the prompt as PyramidKV does; options: see :class:`PyramidKVCache`, and
-    ``keep_for_later``: :class:`lightvlm.Plan`."""
+    """A plan that evicts from the prompt as PyramidKV does.
+
+    Options: see :class:`PyramidKVCache`, and ``keep_for_later``: :class:`lightvlm.Plan`.
+    """
     return Plan(
         cache=PyramidKVCache(keep=keep, **options),  # type: ignore[arg-type]
         keep_for_later=keep_for_later,

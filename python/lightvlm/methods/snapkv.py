@@ -68,8 +68,10 @@ def pooled(scores: Tensor, kernel: int) -> Tensor:
 
 
 def SnapKV(keep: float | None = None, *, keep_for_later: KeepForLater = "offload", **options: object) -> Plan:
-    """A plan that evicts from the prompt as SnapKV does; options: see :class:`SnapKVCache`, and ``keep_for_later``:
-    :class:`lightvlm.Plan`."""
+    """A plan that evicts from the prompt as SnapKV does.
+
+    Options: see :class:`SnapKVCache`, and ``keep_for_later``: :class:`lightvlm.Plan`.
+    """
     return Plan(
         cache=SnapKVCache(keep=keep, **options),  # type: ignore[arg-type]
         keep_for_later=keep_for_later,

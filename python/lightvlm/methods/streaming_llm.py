@@ -83,8 +83,10 @@ class StreamingLLMCache(CachePart):
 def StreamingLLM(
     keep: float | None = None, *, keep_for_later: KeepForLater = "offload", **options: object
 ) -> Plan:
-    """A plan that keeps sinks and recent tokens; options: see :class:`StreamingLLMCache`, and ``keep_for_later``:
-    :class:`lightvlm.Plan`."""
+    """A plan that keeps sinks and recent tokens.
+
+    Options: see :class:`StreamingLLMCache`, and ``keep_for_later``: :class:`lightvlm.Plan`.
+    """
     return Plan(
         cache=StreamingLLMCache(keep=keep, **options),  # type: ignore[arg-type]
         keep_for_later=keep_for_later,

@@ -119,8 +119,10 @@ class VLCachePart(PromptCachePart):
 
 
 def VLCache(keep: float = 0.1, *, keep_for_later: KeepForLater = "offload", **options: object) -> Plan:
-    """A plan that evicts from the prompt as VL-Cache does; options: see :class:`VLCachePart`, and ``keep_for_later``:
-    :class:`lightvlm.Plan`."""
+    """A plan that evicts from the prompt as VL-Cache does.
+
+    Options: see :class:`VLCachePart`, and ``keep_for_later``: :class:`lightvlm.Plan`.
+    """
     return Plan(
         cache=VLCachePart(keep=keep, **options),  # type: ignore[arg-type]
         keep_for_later=keep_for_later,
