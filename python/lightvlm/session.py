@@ -19,7 +19,15 @@ from .host import upload
 from .layout import FIRST_IMAGE, TEXT, BatchLayout, RowLayout
 from .methods.base import Picture, PrefillPart, Probe, Stage, StageInput
 from .models.base import Adapter
-from .probing import coming_keys, coming_queries, gather_rows, probe_positions, scale_of, spread
+from .probing import (
+    coming_keys,
+    coming_queries,
+    gather_rows,
+    probe_positions,
+    question_tokens,
+    scale_of,
+    spread,
+)
 
 
 @dataclass(frozen=True)
@@ -186,8 +194,8 @@ class Prefill:
 
     def enter(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The hidden states a layer shall get; its keyword arguments are cut to them in place."""
-        if layer == 0:
-            self._raters = self.part.raters(hidden, self._segment(), self._codes == TEXT)
+        if layer == 0 and self.stages:
+            self._raters = self._choose_raters(hidden)
         stage = self.stages.get(layer)
         if stage is not None:
             self._look_ahead(layer, hidden, self._inputs if self.reduced else kwargs)
@@ -195,6 +203,12 @@ class Prefill:
         if self.reduced:
             kwargs.update(self._inputs)
         return hidden
+
+    def _choose_raters(self, hidden: Tensor) -> Tensor | None:
+        first = self.levels[0]
+        rows = list(zip(first.rows, first.starts, strict=True))
+        ends = [start + question_tokens(row, self.drafts) for row, start in rows]
+        return self.part.raters(hidden, [_pictures(row, start, None) for row, start in rows], ends)
 
     def _look_ahead(self, layer: int, hidden: Tensor, inputs: dict[str, Any]) -> None:
         """Score with the queries and keys that the coming layer would have, where the method asks for them."""

@@ -12,18 +12,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightvlm.layout import RowLayout, Run
-from lightvlm.methods.base import Stage, StageInput, keep_count
+from lightvlm.methods import METHODS
+from lightvlm.methods.base import Stage, StageInput, keep_count, scaled_layers
 from lightvlm.methods.lightvlm import LightVLMPrefill, default_layers
 from lightvlm.methods.random import RandomPrefill
 from lightvlm.session import Level, plan_stage
 
 
 def test_registry() -> None:
-    assert lightvlm.method_names() == ["lightvlm", "random", "zipvl"]
+    assert lightvlm.method_names() == sorted(METHODS)
     assert lightvlm.method("lightvlm", keep=0.5) == lightvlm.LightVLM(keep=0.5)
     assert lightvlm.method("random") == lightvlm.Random()
-    with pytest.raises(ValueError, match="method must be one of lightvlm, random, zipvl, got 'fastv'"):
-        lightvlm.method("fastv")
+    with pytest.raises(ValueError, match=r"method must be one of .*, lightvlm, .*, got 'slowv'"):
+        lightvlm.method("slowv")
     with pytest.raises(TypeError, match="strenth"):
         lightvlm.method("lightvlm", strenth=1)
 
@@ -52,6 +53,23 @@ def test_default_schedule(depth: int) -> None:
 def test_documented_schedules() -> None:
     assert default_layers(8) == (2, 3, 5)
     assert default_layers(28) == (2, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("published", "depth", "layers", "expected"),
+    [
+        ((2, 6, 15), 32, 32, (2, 6, 15)),
+        ((2, 6, 15), 32, 28, (2, 5, 13)),
+        ((1, 2, 3), 4, 32, (8, 16, 24)),
+        ((6, 7, 8), 28, 8, (2, 3, 4)),  # 1.7, 2, 2.3 of 8: each above the one before
+        ((6, 7, 8), 28, 3, (1, 2)),  # no room for a third
+        ((6, 7, 8), 28, 1, (0,)),
+    ],
+)
+def test_published_layers_at_another_depth(
+    published: tuple[int, ...], depth: int, layers: int, expected: tuple[int, ...]
+) -> None:
+    assert scaled_layers(layers, published, depth) == expected
 
 
 def test_keeping_everything_has_no_stage() -> None:
