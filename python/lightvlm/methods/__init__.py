@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from ..plan import Plan
 from .base import Method
+from .fastv import FastV
+from .illava import ILLaVA
 from .kv_precision import KVPrecision
 from .lightvlm import LightVLM
+from .pyramiddrop import PyramidDrop
 from .random import Random
+from .sparsevlm import SparseVLM
 from .zipvl import ZipVL, ZipVLPrefill
 
 METHODS: dict[str, Method] = {
@@ -14,6 +18,10 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
         Method("random", Random, "baseline"),
+        Method("fastv", FastV, "arXiv 2403.06764"),
+        Method("illava", ILLaVA, "arXiv 2412.06263"),
+        Method("pyramiddrop", PyramidDrop, "arXiv 2410.17247"),
+        Method("sparsevlm", SparseVLM, "arXiv 2410.04417"),
         Method("zipvl", ZipVL, "arXiv 2410.08584", knob="tau", levels=(0.975, 0.96)),
     )
 }
@@ -37,4 +45,16 @@ def method(name: str, **options: object) -> Plan:
     return found.make(**options)
 
 
-__all__ = ["KVPrecision", "LightVLM", "Random", "ZipVL", "ZipVLPrefill", "method", "method_names"]
+__all__ = [
+    "FastV",
+    "ILLaVA",
+    "KVPrecision",
+    "LightVLM",
+    "PyramidDrop",
+    "Random",
+    "SparseVLM",
+    "ZipVL",
+    "ZipVLPrefill",
+    "method",
+    "method_names",
+]
