@@ -7,6 +7,7 @@ from .base import Method
 from .fastv import FastV
 from .illava import ILLaVA
 from .kv_precision import KVPrecision
+from .lightkv import LightKV
 from .lightvlm import LightVLM
 from .pyramiddrop import PyramidDrop
 from .random import Random
@@ -16,11 +17,12 @@ from .zipvl import ZipVL, ZipVLPrefill
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
-        Method("random", Random, "baseline"),
         Method("fastv", FastV, "arXiv 2403.06764"),
         Method("illava", ILLaVA, "arXiv 2412.06263"),
+        Method("lightkv", LightKV, "arXiv 2605.00789"),
+        Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
         Method("pyramiddrop", PyramidDrop, "arXiv 2410.17247"),
+        Method("random", Random, "baseline"),
         Method("sparsevlm", SparseVLM, "arXiv 2410.04417"),
         Method("zipvl", ZipVL, "arXiv 2410.08584", knob="tau", levels=(0.975, 0.96)),
     )
@@ -49,6 +51,7 @@ __all__ = [
     "FastV",
     "ILLaVA",
     "KVPrecision",
+    "LightKV",
     "LightVLM",
     "PyramidDrop",
     "Random",

@@ -371,6 +371,13 @@ def scaled_layers(layers: int, published: Sequence[int], depth: int) -> tuple[in
     return tuple(layer for layer in at if layer < layers) or (layers - 1,)
 
 
+def kept_slots(stages: Sequence[Stage], layers: int) -> float:
+    """Share of an image's places (tokens times layers) that is left in a decoder: LightKV's eq. 9."""
+    borders = [*(stage.layer for stage in stages), layers]
+    shares = (stage.keep * (end - stage.layer) for stage, end in zip(stages, borders[1:], strict=True))
+    return (borders[0] + sum(shares)) / layers
+
+
 def check_keep(keep: float) -> None:
     """Raise unless keep is a number in (0, 1]."""
     if isinstance(keep, bool) or not isinstance(keep, int | float):
