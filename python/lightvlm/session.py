@@ -205,10 +205,17 @@ class Prefill:
         return hidden
 
     def _choose_raters(self, hidden: Tensor) -> Tensor | None:
-        first = self.levels[0]
-        rows = list(zip(first.rows, first.starts, strict=True))
-        ends = [start + question_tokens(row, self.drafts) for row, start in rows]
-        return self.part.raters(hidden, [_pictures(row, start, None) for row, start in rows], ends)
+        pictures = [
+            _pictures(row, start, None) for row, start in zip(self.level.rows, self.level.starts, strict=True)
+        ]
+        return self.part.raters(hidden, pictures, self._ends())
+
+    def _ends(self) -> list[int]:
+        """Where the question of each row ends."""
+        return [
+            start + question_tokens(row, self.drafts)
+            for row, start in zip(self.level.rows, self.level.starts, strict=True)
+        ]
 
     def _look_ahead(self, layer: int, hidden: Tensor, inputs: dict[str, Any]) -> None:
         """Score with the queries and keys that the coming layer would have, where the method asks for them."""
@@ -297,7 +304,10 @@ class Prefill:
         ]
         changed = upload(lost, device, torch.bool)[:, None]
         starts = upload(self.level.starts, device)[:, None]
-        places = (torch.arange(self.level.length, device=device) - starts).clamp_min(0)
+        slots = torch.arange(self.level.length, device=device)
+        places = (slots - starts).clamp_min(0)
+        if self.part.positions == "renumber_prompt":  # an answer stands where it would be generated
+            changed = changed & (slots < upload(self._ends(), device)[:, None])
         tables = self._adapter.rotary_tables(hidden, places)
         old = self._inputs["position_embeddings"]
         self._inputs["position_embeddings"] = tuple(
