@@ -15,10 +15,10 @@ embedding's bias, a choice of heads) are left out.
 
 Where paper and code differ, or we do: counts are like the code's fixed lists (:func:`published`), not the paper's rank
 of the attention; by default the share falls geometrically. The code cuts the output of layers 2, 6 and 15 of 32, but
-counts tokens ("2 x 576") as if it cut their input; we cut the input, where its lists for 192 and 128 tokens come to
-192.0 and 128.6; ``layers=(3, 7, 16)`` is where the code cuts. Clusters stand at their centres' places, which keeps
-tokens in order; the code puts them behind the image. With several images the raters stand behind the last, and each
-image keeps its share.
+counts tokens ("2 x 576") as if it cut their input; we cut the input, where its lists for 192, 128, 96 and 64 tokens
+come to 192.0, 128.6, 96.9 and 64.8; ``layers=(3, 7, 16)`` is where the code cuts. Clusters stand at their centres'
+places, which keeps tokens in order; the code puts them behind the image. With several images the raters stand behind
+the last, and each image keeps its share.
 """
 
 from __future__ import annotations
