@@ -139,6 +139,7 @@ class Prefill:
         self._inputs: dict[str, Any] = {}
         self._scores: Tensor | None = None
         self._keys: Tensor | None = None
+        self._tower: list[Tensor] = []
 
     @property
     def reduced(self) -> bool:
@@ -154,6 +155,10 @@ class Prefill:
         """At the decoder: positions (B, S) or (axes, B, S) of the tokens, as the rotary embedding gets them."""
         furthest = positions.amax(-1) + 1
         self._next = furthest[-3:].amax(0) if positions.dim() == 3 else furthest
+
+    def give_tower(self, scores: Tensor, keys: Tensor | None) -> None:
+        """At the decoder: scores (B, S) and keys (B, S, Ct) of the vision tower, 0 for text."""
+        self._tower = [scores] if keys is None else [scores, keys]
 
     def scores_at(self, layer: int) -> bool:
         """Whether the attention of this layer must be shown: a stage that wants it comes right after it."""
@@ -265,6 +270,8 @@ class Prefill:
                 capacity=stage.after.length,
                 pictures=stage.pictures,
                 keys=self._keys,
+                tower_scores=self._tower[0] if self._tower else None,
+                tower_keys=self._tower[1] if len(self._tower) > 1 else None,
                 sizes=self._sizes,
             )
         )
@@ -285,8 +292,10 @@ class Prefill:
             streams.append(_tokens_second(position_ids[..., None], batch))
         if self._raters is not None:
             streams.append(self._raters.int())
+        streams += self._tower
         cut = ops.gather_tokens(streams, index, count, align="right")
         self._codes, self._within = cut[2], cut[3]
+        self._tower = [cut.pop() for _ in self._tower][::-1]
         if self._raters is not None:
             self._raters = cut.pop().bool()
         self._inputs = {

@@ -42,7 +42,8 @@ class Family:
     def build(
         self, dtype: torch.dtype = torch.float32, attention: str | None = None, **decoder: Any
     ) -> nn.Module:
-        """A model in eval mode whose generate() never stops early. ``decoder``: options of the text decoder."""
+        """A model in eval mode whose generate() never stops early. ``decoder``: options of the text decoder, and as
+        ``tower`` those of the vision tower."""
         torch.manual_seed(3)
         model = self.make(decoder)
         # Built in fp32 and then cast, so that every dtype has the same weights.
@@ -97,6 +98,7 @@ class Llava(Family):
             patch_size=4,
             initializer_range=_SPREAD,
         )
+        vision.update(decoder.pop("tower", {}))
         options = {
             "hidden_size": 32,
             "intermediate_size": 48,
@@ -134,7 +136,7 @@ class InternVL(Family):
             "image_size": [32, 32],
             "patch_size": [4, 4],
             "initializer_range": _SPREAD,
-        }
+        } | decoder.pop("tower", {})
         text = {
             "model_type": "qwen2",
             "hidden_size": 32,
@@ -174,7 +176,7 @@ class Qwen(Family):
             "fullatt_block_indexes": [0],
             "window_size": 16,
             "initializer_range": _SPREAD,
-        }
+        } | decoder.pop("tower", {})
         text = {
             "hidden_size": 32,
             "intermediate_size": 48,

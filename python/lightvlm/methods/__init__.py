@@ -9,9 +9,11 @@ from .illava import ILLaVA
 from .kv_precision import KVPrecision
 from .lightkv import LightKV
 from .lightvlm import LightVLM
+from .prumerge import PruMerge
 from .pyramiddrop import PyramidDrop
 from .random import Random
 from .sparsevlm import SparseVLM
+from .visionzip import VisionZip
 from .zipvl import ZipVL, ZipVLPrefill
 
 METHODS: dict[str, Method] = {
@@ -21,9 +23,11 @@ METHODS: dict[str, Method] = {
         Method("illava", ILLaVA, "arXiv 2412.06263"),
         Method("lightkv", LightKV, "arXiv 2605.00789"),
         Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
+        Method("prumerge", PruMerge, "arXiv 2403.15388"),
         Method("pyramiddrop", PyramidDrop, "arXiv 2410.17247"),
         Method("random", Random, "baseline"),
         Method("sparsevlm", SparseVLM, "arXiv 2410.04417"),
+        Method("visionzip", VisionZip, "arXiv 2412.04467"),
         Method("zipvl", ZipVL, "arXiv 2410.08584", knob="tau", levels=(0.975, 0.96)),
     )
 }
@@ -53,9 +57,11 @@ __all__ = [
     "KVPrecision",
     "LightKV",
     "LightVLM",
+    "PruMerge",
     "PyramidDrop",
     "Random",
     "SparseVLM",
+    "VisionZip",
     "ZipVL",
     "ZipVLPrefill",
     "method",
