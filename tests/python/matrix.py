@@ -6,7 +6,6 @@ what cannot be read there stands in a table below, with the reason.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -97,7 +96,9 @@ def build(family: Family, dtype: torch.dtype) -> Any:
     """A model of six layers, with heads of 32 channels, as a packed cache needs them, and a vision tower of three layers,
     the last of which is not read."""
     sizes: dict[str, Any] = {"num_hidden_layers": LAYERS, "head_dim": 32}
-    if family is QWEN:  # its heads are as wide as its states have room for; weights of half the spread for twice the width
+    if (
+        family is QWEN
+    ):  # its heads are as wide as its states have room for; weights of half the spread for twice the width
         sizes = {"num_hidden_layers": LAYERS, "hidden_size": 128, "initializer_range": 0.125}
         sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
     shallow = family.build(**sizes)
@@ -236,5 +237,7 @@ def stored(layer: Any) -> list[int]:
     return [end - start for start, end in zip(layer.starts, layer.ends, strict=True)]
 
 
-def with_later(plan: lightvlm.Plan, keep: Any) -> lightvlm.Plan:
-    return dataclasses.replace(plan, keep_for_later=keep)
+def held(layer: Any) -> list[int]:
+    """Tokens of each row that a layer of a cache holds, packed ones too."""
+    packed = layer.packed.counts if layer.packed is not None else [0] * len(layer.starts)
+    return [a + b for a, b in zip(stored(layer), packed, strict=True)]

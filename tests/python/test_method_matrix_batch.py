@@ -99,4 +99,6 @@ def test_bf16_is_finite_and_as_close_as_it_can_be(
     assert cost > 0
     for b, own in enumerate(alone):
         assert own.isfinite().all()
-        assert (own.float()[0] - logits[b, :1].float()).abs().max() <= max(2 * cost, limit_of(small_bf16, family))
+        assert (own.float()[0] - logits[b, :1].float()).abs().max() <= max(
+            2 * cost, limit_of(small_bf16, family)
+        )
