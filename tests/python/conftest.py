@@ -67,7 +67,10 @@ def _shared(
         models[key] = make(family, dtype)
     found = models[key]
     yield found
-    assert found.model.language_model.config._attn_implementation == "sdpa"
+    configs = [
+        module.config for module in found.modules() if hasattr(module, "config")
+    ]  # the vision tower's, too
+    assert {config._attn_implementation for config in configs} == {"sdpa"}
     assert not any(ours(hook) for module in found.modules() for hook in hooks(module))
 
 

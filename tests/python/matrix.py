@@ -64,7 +64,13 @@ def settings(name: str) -> dict[str, Any]:
 
 def plan_of(name: str, **options: Any) -> lightvlm.Plan:
     """A method's plan for the small models."""
-    return lightvlm.method(name, **settings(name) | options)
+    options = settings(name) | options
+    try:
+        return lightvlm.method(name, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"tests/python/matrix.py needs other options of {name} than {options}: {error}"
+        ) from error
 
 
 def everything(name: str) -> lightvlm.Plan:
@@ -93,8 +99,8 @@ def rows_of(family: Family) -> list[Row]:
 
 
 def build(family: Family, dtype: torch.dtype) -> Any:
-    """A model of six layers, with heads of 32 channels, as a packed cache needs them, and a vision tower of three layers,
-    the last of which is not read."""
+    """A model of six layers, with heads of 32 channels, as a packed cache needs them, and a vision tower of three, the
+    last of which is not read."""
     sizes: dict[str, Any] = {"num_hidden_layers": LAYERS, "head_dim": 32}
     if (
         family is QWEN
@@ -180,7 +186,7 @@ def reduces(plan: lightvlm.Plan) -> bool:
 
 def only_shortens(plan: lightvlm.Plan) -> bool:
     """Whether a prompt without an image is the model's own."""
-    return not isinstance(plan.prefill, AttentionPart) and plan.cache is None and plan.precision is None
+    return reduces(plan) and plan.cache is None and plan.precision is None
 
 
 def attention_is_ours(plan: lightvlm.Plan, report: Any) -> bool:

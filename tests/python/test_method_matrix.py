@@ -25,6 +25,7 @@ from python.matrix import (
     baseline,
     everything,
     limit_of,
+    parts,
     plan_of,
     planned,
     reduces,
@@ -89,7 +90,7 @@ def test_keeping_everything_is_the_baseline(
 
 
 def _until_they_part(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Steps (B, T) up to the first token that differs, which was chosen among equals; what comes after compares nothing."""
+    """Steps (B, T) up to the first token that differs, which was chosen among equals; later ones compare nothing."""
     differ = (found != expected).int().cumsum(1)
     return torch.cat([torch.zeros_like(differ[:, :1]), differ[:, :-1]], dim=1) == 0
 
@@ -168,12 +169,10 @@ def test_detach_restores_the_model(small: Any, family: Family, name: str) -> Non
     with lightvlm.attach(small, plan_of(name)):
         generate_logits(small, inputs, 3)
     assert snapshot(small) == before
+    handle = small.model.language_model.layers[3].register_forward_pre_hook(_stop)
     with pytest.raises(RuntimeError, match="stop here"), lightvlm.attach(small, plan_of(name)):
-        handle = small.model.language_model.layers[3].register_forward_pre_hook(_stop)
-        try:
-            generate_logits(small, inputs, 1)
-        finally:
-            handle.remove()
+        generate_logits(small, inputs, 1)
+    handle.remove()
     assert snapshot(small) == before
     assert torch.equal(generate_logits(small, inputs, 6)[1], expected)
 
@@ -223,14 +222,13 @@ def test_the_command_line_describes_them(capsys: pytest.CaptureFixture[str]) -> 
         assert [option["name"] for option in method["options"] if not option["doc"]] == []
 
 
-@each
-def test_a_small_prompt_is_left_alone(small: Any, family: Family, name: str) -> None:
+@pytest.mark.parametrize(
+    "kind", [kind for kind, part in parts("prefill").items() if isinstance(part, PrefillPart)]
+)
+def test_a_small_prompt_is_left_alone(small: Any, family: Family, kind: str) -> None:
     """Under the least number of image tokens nothing happens, and the report says so."""
-    part = plan_of(name).prefill
-    if not isinstance(part, PrefillPart):
-        pytest.skip("has no least number of image tokens")
-    tokens, expected = baseline(small, family, 6)
-    plan = lightvlm.Plan(prefill=dataclasses.replace(part, min_image_tokens=1000))
+    expected = baseline(small, family, 6)[1]
+    plan = lightvlm.Plan(prefill=dataclasses.replace(parts("prefill")[kind], min_image_tokens=1000))
     assert reduces(plan)
     with lightvlm.attach(small, plan) as run:
         assert torch.equal(generate_logits(small, family.batch(rows_of(family)), 6)[1], expected)

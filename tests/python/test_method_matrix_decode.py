@@ -51,8 +51,8 @@ def test_beams_of_a_batch_are_those_of_its_rows(small: Any, family: Family, name
 
 @each
 def test_drafts_that_are_verified_several_at_once(small: Any, family: Family, name: str) -> None:
-    """Assisted decoding crops what was wrong. Where plans only shorten the prompt it gives the greedy tokens; a cache is
-    compacted at other tokens by it, and what is asked for the logits of drafts always attends and is packed later."""
+    """Assisted decoding crops what was wrong. Where plans only shorten the prompt it gives the greedy tokens; by drafts
+    a cache is compacted at other tokens, and tokens whose logits are asked for always attend and are packed later."""
     inputs, plan = family.batch([[*rows_of(family)[2], 11, 12, 13, 11, 12]]), plan_of(name)
     with lightvlm.attach(small, plan) as run:
         found, again = (generate(small, inputs, 24, prompt_lookup_num_tokens=3) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The prefill part of one method with the cache part of another and packed keys and values: it works, or says why not."""
+"""The prefill part of one method, the cache part of another, and packed keys and values: it works, or says why not."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ PRECISION = {"none": None, "8 bits": PACK, **parts("precision")}
 
 
 def combinations() -> list[tuple[Family, str, str, str]]:
-    """All pairs of a prefill and a cache part, as they are and in 8 bits, and other precision parts with each of either.
-    One family each: every part meets all families, and no pair is run three times."""
+    """All pairs of a prefill and a cache part, as they are and in 8 bits, and other precision parts with each of
+    either. One family each: every part meets all families, and no pair is run three times."""
     pairs = list(itertools.product(PREFILL, CACHE))
     found = [(QWEN, *pair, "none") for pair in pairs] + [(LLAVA, *pair, "8 bits") for pair in pairs]
     others = [pair for pair in pairs if "none" in pair]
@@ -35,11 +35,14 @@ def test_parts_of_several_methods(
 ) -> None:
     plan = lightvlm.Plan(prefill=PREFILL[prefill], cache=CACHE[cache], precision=PRECISION[precision])
     before, rows, new = snapshot(small), rows_of(family), 12
-    try:
-        run = lightvlm.attach(small, plan)
-    except ValueError as refusal:
-        assert str(refusal).startswith("plan.")
+    run, refusal = attach_or_reason(small, plan)
+    if run is None:
+        assert refusal.startswith("plan.")
         assert snapshot(small) == before
+        alone = [prefill, cache, precision].count("none") == 2
+        assert not alone or getattr(
+            plan.precision, "separates", False
+        )  # which needs a part that says what matters
         return
     inputs = family.batch(rows)
     options = {
@@ -57,6 +60,14 @@ def test_parts_of_several_methods(
     assert run.report().stepped_aside == {}
     check_counts(plan, rows, out.past_key_values, choices, run.report(), new)
     assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+
+
+def attach_or_reason(model: Any, plan: lightvlm.Plan) -> tuple[Any, str]:
+    """A run, or None and why there is none."""
+    try:
+        return lightvlm.attach(model, plan), ""
+    except ValueError as refusal:
+        return None, str(refusal)
 
 
 def check_counts(plan: Any, rows: Any, cache: Any, choices: Any, report: Any, new: int) -> None:
