@@ -22,6 +22,7 @@ ZIPVL = ZipVLPrefill(tau=0.7, recent_rows=4, random_rows=5, min_tokens=1)
 PLANS = {
     "whole": lightvlm.Plan(),
     "reduced": lightvlm_plan(),
+    "renumbered": lightvlm.LightKV(layers=(1, 2, 3), windows=(1,), positions="renumber", min_image_tokens=0),
     "compacted": lightvlm.Plan(cache=COMPACTION),
     "queries": lightvlm.Plan(
         cache=DecodeCompaction(keep=0.3, interval=8, sinks=2, recent=6, score="queries")
@@ -102,7 +103,7 @@ def test_an_empty_cache(model: Any, tmp_path: Path) -> None:
 def test_bad_files(model: Any, tmp_path: Path) -> None:
     path = tmp_path / "cache.safetensors"
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="is not a cache of lightvlm in format 1, got format None"):
+    with pytest.raises(ValueError, match="is not a cache of lightvlm in format 2, got format None"):
         CompactCache.load(path, model.config)
     with torch.no_grad():
         cache = model(**prompt(LLAVA, LONG), past_key_values=CompactCache(model.config)).past_key_values
