@@ -24,6 +24,8 @@ NAMES = sorted(METHODS)
 SETTINGS: dict[str, dict[str, Any]] = {
     # 64 and 64 probe rows are more than a prompt has here, and at the published tau nearly all tokens attend
     "zipvl": {"tau": 0.6, "recent_rows": 4, "random_rows": 2},
+    # images have 16 tokens, and a window must have 8
+    "lightkv": {"windows": (1,)},
 }
 """Options by method, where :func:`settings` does not find them."""
 
@@ -174,6 +176,19 @@ def _pictures(row: Row, tokens: list[int]) -> list[Picture]:
     return found
 
 
+def kept_of(kept: dict[int, Any], at: int, row: Row) -> list[list[list[int]]]:
+    """Layer -> image -> tokens that are left of the row at place ``at`` of a batch, from :attr:`Run.kept`.
+
+    Where no row loses a token there is no stage, so a row alone has fewer stages than in a batch.
+    """
+    now = [[*range(item.tokens)] for item in row if isinstance(item, Image)]
+    found = []
+    for layer in range(LAYERS):
+        now = kept[layer][at] if layer in kept else now
+        found.append(now)
+    return found
+
+
 def text_of(row: Row) -> int:
     """Text tokens of a row."""
     return sum(not isinstance(item, Image) for item in row)
@@ -205,37 +220,49 @@ def parts(slot: str) -> dict[str, Any]:
 
 
 class Choices:
-    """Records what a cache part keeps, and how long the sequence was by then."""
+    """Records what a cache part keeps of each layer, of the prompt and while decoding, and when."""
 
-    def __init__(self, part: CachePart, monkeypatch: Any) -> None:
-        self.last: dict[int, tuple[list[int], int]] = {}
+    def __init__(self, part: CachePart, length: int, monkeypatch: Any) -> None:
         self.problems: list[str] = []
-        original = type(part).choose
+        self._prompt: dict[int, tuple[list[int], int]] = {}
+        self._decoded: dict[int, tuple[list[int], int]] = {}
+        kind = type(part)
+        choose, choose_prompt = kind.choose, kind.choose_prompt
 
-        def choose(this: Any, layer: Any, leftpad: list[int]) -> Any:
-            found = original(this, layer, leftpad)
+        def decoding(this: Any, layer: Any, leftpad: list[int]) -> Any:
+            found = choose(this, layer, leftpad)
             if found is not None:
                 index, count, kept = found
-                self._check(layer, index, count, kept)
-                self.last[id(layer)] = (list(kept), layer.seen)
+                if count.tolist() != list(kept):
+                    self.problems.append(f"{count.tolist()} tokens were chosen, but the host says {kept}")
+                self._check(index, kept, layer.starts, layer.ends)
+                self._decoded[id(layer)] = (list(kept), layer.seen)
             return found
 
-        monkeypatch.setattr(type(part), "choose", choose)
+        def reading(this: Any, seen: Any) -> Any:
+            found = choose_prompt(this, seen)
+            for (layer, _), choice in zip(seen, found, strict=True):
+                if choice is not None:
+                    self._check(choice.index, choice.kept, layer.starts, [layer.length] * len(choice.kept))
+                    self._prompt[layer.layer] = (list(choice.kept), length)
+            return found
 
-    def _check(self, layer: Any, index: Tensor, count: Tensor, kept: list[int]) -> None:
-        if count.tolist() != list(kept):
-            self.problems.append(f"{count.tolist()} tokens were chosen, but the host says {kept}")
-        for b, row in enumerate(index.tolist()):
-            row = row[: kept[b]]
-            if row != sorted(set(row)) or not (layer.starts[b] <= row[0] and row[-1] < layer.ends[b]):
-                self.problems.append(f"row {b}: {row} of {layer.starts[b]}..{layer.ends[b]}")
+        monkeypatch.setattr(kind, "choose", decoding)
+        monkeypatch.setattr(kind, "choose_prompt", reading)
 
-    def holds(self, layer: Any) -> list[int] | None:
+    def _check(self, index: Tensor, kept: list[int], starts: list[int], ends: list[int]) -> None:
+        """Ascending places of the row, of each head where heads differ."""
+        for b, (rows, count) in enumerate(zip(index.tolist(), kept, strict=True)):
+            for row in rows if index.dim() == 3 else [rows]:
+                if row[:count] != sorted({*row[:count]} & {*range(starts[b], ends[b])}) or {*row[count:]} - {
+                    -1
+                }:
+                    self.problems.append(f"row {b}: {count} tokens {row} of {starts[b]}..{ends[b]}")
+
+    def holds(self, index: int, layer: Any) -> list[int] | None:
         """Tokens of each row that a layer must hold by now, or None where nothing was chosen."""
-        if id(layer) not in self.last:
-            return None
-        kept, seen = self.last[id(layer)]
-        return [count + layer.seen - seen for count in kept]
+        last = self._decoded.get(id(layer)) or self._prompt.get(index)
+        return None if last is None else [count + layer.seen - last[1] for count in last[0]]
 
 
 def stored(layer: Any) -> list[int]:

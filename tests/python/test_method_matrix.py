@@ -102,7 +102,11 @@ def test_counts_are_what_the_plan_says(
     """On the host, before anything runs: of each image at each stage, of each layer, and in the cache."""
     plan, rows = plan_of(name), rows_of(family)
     inputs, new = family.batch(rows), 11
-    choices = Choices(plan.cache, monkeypatch) if isinstance(plan.cache, CachePart) else None
+    choices = (
+        Choices(plan.cache, inputs["input_ids"].shape[1], monkeypatch)
+        if isinstance(plan.cache, CachePart)
+        else None
+    )
     with lightvlm.attach(small, plan, trace=True) as run:
         out = small.generate(**inputs, max_new_tokens=new, do_sample=False, return_dict_in_generate=True)
     sizes = [[item.tokens for item in row if not isinstance(item, int)] for row in rows]
@@ -115,7 +119,8 @@ def test_counts_are_what_the_plan_says(
                 image == sorted({*image} & {*range(size)}) for image, size in zip(row, of, strict=True)
             )
     if isinstance(part, PrefillPart):
-        assert set(run.kept) == {stage.layer for stage in part.stages(LAYERS)}
+        before = [sizes, *counts]
+        assert set(run.kept) == {layer for layer in range(LAYERS) if counts[layer] != before[layer]}
     tokens = [[text_of(row) + sum(own) for row, own in zip(rows, at, strict=True)] for at in counts]
     report = run.report()
     assert report.tokens_per_layer == [sum(at) / len(rows) for at in tokens]
@@ -129,8 +134,8 @@ def test_counts_are_what_the_plan_says(
     drops = isinstance(part, AttentionPart) and part.unimportant == "drop"
     if type(cache).__name__ == "DynamicCache" or plan.precision is not None or drops:
         return  # whole, packed, or counted by the device
-    for at, layer in zip(tokens, cache.layers, strict=True):
-        expected = choices.holds(layer) if choices is not None else None
+    for index, (at, layer) in enumerate(zip(tokens, cache.layers, strict=True)):
+        expected = choices.holds(index, layer) if choices is not None else None
         assert stored(layer) == (expected or [count + new - 1 for count in at])
         assert layer.seen == length
 
@@ -203,10 +208,12 @@ def test_options_are_checked(name: str) -> None:
         part = getattr(lightvlm.method(name), slot)
         for field in dataclasses.fields(part) if part is not None else ():
             assert field.metadata["doc"]
-            for limit, beyond in (("low", -1), ("high", 1)):
+            for limit, step in (("low", -1), ("high", 1)):
                 if limit in field.metadata:
+                    beyond = field.metadata[limit] + step
+                    wrong = (beyond,) if "tuple" in str(field.type) else beyond
                     with pytest.raises(ValueError, match=field.name):
-                        dataclasses.replace(part, **{field.name: field.metadata[limit] + beyond})
+                        dataclasses.replace(part, **{field.name: wrong})
             with pytest.raises((TypeError, ValueError), match=field.name):
                 dataclasses.replace(part, **{field.name: object()})
 

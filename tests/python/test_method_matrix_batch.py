@@ -7,7 +7,7 @@ from typing import Any
 import lightvlm
 import pytest
 import torch
-from python.matrix import LAYERS, NAMES, baseline, limit_of, only_shortens, plan_of, rows_of
+from python.matrix import LAYERS, NAMES, baseline, kept_of, limit_of, only_shortens, plan_of, rows_of
 from python.test_prefill import prompt
 from python.tiny import Family, generate_logits
 
@@ -26,9 +26,7 @@ def test_a_batch_is_its_rows_one_by_one(small: Any, family: Family, name: str) -
             own, expected = generate_logits(small, family.batch([row]), 12)
             assert torch.equal(tokens[b], own[0])
             assert (logits[b] - expected[0]).abs().max() <= limit
-            assert {layer: found[b] for layer, found in kept.items() if found[b]} == {
-                layer: found[0] for layer, found in run.kept.items()
-            }
+            assert kept_of(run.kept, 0, row) == kept_of(kept, b, row)
     assert (logits - whole).abs().max() > 100 * limit  # the plan did something
     if only_shortens(plan):
         assert (logits[1] - whole[1]).abs().max() <= limit  # and nothing to the row without an image
@@ -40,13 +38,13 @@ def test_more_padding_changes_nothing(small: Any, family: Family, name: str) -> 
     rows, limit = rows_of(family), limit_of(small, family)
     with torch.no_grad(), lightvlm.attach(small, plan_of(name), trace=True) as run:
         expected = small(**prompt(family, [rows[0]])).logits[0, -1]
-        kept = {layer: found[0] for layer, found in run.kept.items()}
+        kept = kept_of(run.kept, 0, rows[0])
         found = small(**prompt(family, [rows[0], [*range(1, 51)]])).logits[0, -1]
-        assert {layer: found[0] for layer, found in run.kept.items()} == kept
+        assert kept_of(run.kept, 0, rows[0]) == kept
         assert (found - expected).abs().max() <= limit
         alone = {key: value[:1] if len(value) == 2 else value for key, value in _padded(family, rows).items()}
         assert (small(**alone).logits[0, -1] - expected).abs().max() <= limit
-        assert {layer: found[0] for layer, found in run.kept.items()} == kept
+        assert kept_of(run.kept, 0, rows[0]) == kept
 
 
 def _padded(family: Family, rows: Any) -> dict[str, torch.Tensor]:

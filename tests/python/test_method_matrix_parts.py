@@ -51,7 +51,11 @@ def test_parts_of_several_methods(
         "return_dict_in_generate": True,
         "output_logits": True,
     }
-    choices = Choices(plan.cache, monkeypatch) if isinstance(plan.cache, CachePart) else None
+    choices = (
+        Choices(plan.cache, inputs["input_ids"].shape[1], monkeypatch)
+        if isinstance(plan.cache, CachePart)
+        else None
+    )
     with run:
         out = small.generate(**inputs, **options)
     assert snapshot(small) == before
@@ -81,9 +85,9 @@ def check_counts(plan: Any, rows: Any, cache: Any, choices: Any, report: Any, ne
     if type(cache).__name__ == "DynamicCache":
         assert plan.cache is None
         return
-    for at, layer in zip(tokens, cache.layers, strict=True):
+    for index, (at, layer) in enumerate(zip(tokens, cache.layers, strict=True)):
         whole = [count + new - 1 for count in at]
-        chosen = choices.holds(layer) if choices is not None and layer.packed is None else None
+        chosen = choices.holds(index, layer) if choices is not None and layer.packed is None else None
         if chosen is not None:
             assert stored(layer) == chosen
         elif plan.cache is None and not (isinstance(part, AttentionPart) and part.unimportant == "drop"):
