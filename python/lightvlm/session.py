@@ -276,14 +276,19 @@ class Prefill:
             self._inputs["position_ids"] = _tokens_back(cut[4], position_ids.dim() + 1)[..., 0]
 
     def _renumber(self, stage: StagePlan, hidden: Tensor) -> None:
-        """Number the tokens of rows that lost some from 0 on, and say where generated ones go on."""
+        """Number the tokens of rows that lost some from 0 on, and say where generated ones go on. Drafts stand where
+        they would if they were generated."""
         device = hidden.device
-        lost = [
+        fewer = [
             row.tokens < first.tokens for row, first in zip(self.level.rows, self.levels[0].rows, strict=True)
         ]
-        changed = upload(lost, device, torch.bool)[:, None]
+        lost = upload(fewer, device, torch.bool)
+        drafts = self.drafts if self.part.positions == "renumber_prompt" else 0
+        ends = [self.level.length - drafts * (drafts <= row.trailing_text) for row in self.level.rows]
+        at = torch.arange(self.level.length, device=device)
+        changed = lost[:, None] & (at < upload(ends, device)[:, None])
         starts = upload(self.level.starts, device)[:, None]
-        places = (torch.arange(self.level.length, device=device) - starts).clamp_min(0)
+        places = (at - starts).clamp_min(0)
         tables = self._adapter.rotary_tables(hidden, places)
         old = self._inputs["position_embeddings"]
         self._inputs["position_embeddings"] = tuple(
@@ -294,7 +299,7 @@ class Prefill:
             self._inputs["position_ids"] = torch.where(changed, places, position_ids)
         if self.part.positions == "renumber" and self._next is not None:
             tokens = upload([row.tokens for row in self.level.rows], device)
-            self.shifts.append((stage.stage.layer, torch.where(changed[:, 0], tokens - self._next, 0)))
+            self.shifts.append((stage.stage.layer, torch.where(lost, tokens - self._next, 0)))
 
 
 def text_places(layout: BatchLayout, prefill: Prefill | None, layers: int) -> list[list[list[int]]]:

@@ -227,7 +227,7 @@ class Choices:
         self._prompt: dict[int, tuple[list[int], int]] = {}
         self._decoded: dict[int, tuple[list[int], int]] = {}
         kind = type(part)
-        choose, choose_prompt = kind.choose, kind.choose_prompt
+        choose, choose_prompt = kind.choose, getattr(kind, "choose_prompt", None)
 
         def decoding(this: Any, layer: Any, leftpad: list[int]) -> Any:
             found = choose(this, layer, leftpad)
@@ -248,7 +248,8 @@ class Choices:
             return found
 
         monkeypatch.setattr(kind, "choose", decoding)
-        monkeypatch.setattr(kind, "choose_prompt", reading)
+        if choose_prompt is not None:
+            monkeypatch.setattr(kind, "choose_prompt", reading)
 
     def _check(self, index: Tensor, kept: list[int], starts: list[int], ends: list[int]) -> None:
         """Ascending places of the row, of each head where heads differ."""

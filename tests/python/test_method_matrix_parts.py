@@ -35,15 +35,6 @@ def test_parts_of_several_methods(
 ) -> None:
     plan = lightvlm.Plan(prefill=PREFILL[prefill], cache=CACHE[cache], precision=PRECISION[precision])
     before, rows, new = snapshot(small), rows_of(family), 12
-    run, refusal = attach_or_reason(small, plan)
-    if run is None:
-        assert refusal.startswith("plan.")
-        assert snapshot(small) == before
-        alone = [prefill, cache, precision].count("none") == 2
-        assert not alone or getattr(
-            plan.precision, "separates", False
-        )  # which needs a part that says what matters
-        return
     inputs = family.batch(rows)
     options = {
         "max_new_tokens": new,
@@ -56,6 +47,15 @@ def test_parts_of_several_methods(
         if isinstance(plan.cache, CachePart)
         else None
     )
+    run, refusal = attach_or_reason(small, plan)
+    if run is None:
+        assert refusal.startswith("plan.")
+        assert snapshot(small) == before
+        alone = [prefill, cache, precision].count("none") == 2
+        assert not alone or getattr(
+            plan.precision, "separates", False
+        )  # which needs a part that says what matters
+        return
     with run:
         out = small.generate(**inputs, **options)
     assert snapshot(small) == before
