@@ -143,7 +143,11 @@ def test_counts_are_what_the_plan_says(
 @each
 def test_the_same_bits_with_any_number_of_threads(small: Any, family: Family, name: str) -> None:
     inputs, found = family.batch(rows_of(family)), []
-    for threads, tokens in ((1, 9), (1, 9), (2, 2)):  # threads that wait for each other are slow on a busy machine
+    for threads, tokens in (
+        (1, 9),
+        (1, 9),
+        (2, 2),
+    ):  # threads that wait for each other are slow on a busy machine
         torch.set_num_threads(threads)
         with lightvlm.attach(small, plan_of(name)), _tower_on_one_thread(small, threads):
             found.append(generate_logits(small, inputs, tokens)[1])
