@@ -199,8 +199,8 @@ class Prefill:
 
     def enter(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The hidden states a layer shall get; its keyword arguments are cut to them in place."""
-        if layer == 0:
-            self._raters = self.part.raters(hidden, self._segment(), self._codes == TEXT)
+        if layer == 0 and self.stages:
+            self._raters = self._choose_raters(hidden)
         stage = self.stages.get(layer)
         if stage is not None:
             self._look_ahead(layer, hidden, self._inputs if self.reduced else kwargs)
@@ -208,6 +208,19 @@ class Prefill:
         if self.reduced:
             kwargs.update(self._inputs)
         return hidden
+
+    def _choose_raters(self, hidden: Tensor) -> Tensor | None:
+        pictures = [
+            _pictures(row, start, None) for row, start in zip(self.level.rows, self.level.starts, strict=True)
+        ]
+        return self.part.raters(hidden, pictures, self._ends())
+
+    def _ends(self) -> list[int]:
+        """Where the question of each row ends."""
+        return [
+            start + question_tokens(row, self.drafts)
+            for row, start in zip(self.level.rows, self.level.starts, strict=True)
+        ]
 
     def _look_ahead(self, layer: int, hidden: Tensor, inputs: dict[str, Any]) -> None:
         """Score with the queries and keys that the coming layer would have, where the method asks for them."""
@@ -303,19 +316,17 @@ class Prefill:
             self._inputs["position_ids"] = _tokens_back(cut[4], position_ids.dim() + 1)[..., 0]
 
     def _renumber(self, stage: StagePlan, hidden: Tensor) -> None:
-        """Number the tokens of rows that lost some from 0 on, and say where generated ones go on. Drafts stand where
-        they would if they were generated."""
+        """Number the tokens of rows that lost some from 0 on, and say where generated ones go on."""
         device = hidden.device
-        fewer = [
+        lost = [
             row.tokens < first.tokens for row, first in zip(self.level.rows, self.levels[0].rows, strict=True)
         ]
-        lost = upload(fewer, device, torch.bool)
-        drafts = self.drafts if self.part.positions == "renumber_prompt" else 0
-        ends = [self.level.length - drafts * (drafts <= row.trailing_text) for row in self.level.rows]
-        at = torch.arange(self.level.length, device=device)
-        changed = lost[:, None] & (at < upload(ends, device)[:, None])
+        changed = upload(lost, device, torch.bool)[:, None]
         starts = upload(self.level.starts, device)[:, None]
-        places = (at - starts).clamp_min(0)
+        slots = torch.arange(self.level.length, device=device)
+        places = (slots - starts).clamp_min(0)
+        if self.part.positions == "renumber_prompt":  # an answer stands where it would be generated
+            changed = changed & (slots < upload(self._ends(), device)[:, None])
         tables = self._adapter.rotary_tables(hidden, places)
         old = self._inputs["position_embeddings"]
         self._inputs["position_embeddings"] = tuple(
@@ -326,7 +337,7 @@ class Prefill:
             self._inputs["position_ids"] = torch.where(changed, places, position_ids)
         if self.part.positions == "renumber" and self._next is not None:
             tokens = upload([row.tokens for row in self.level.rows], device)
-            self.shifts.append((stage.stage.layer, torch.where(lost, tokens - self._next, 0)))
+            self.shifts.append((stage.stage.layer, torch.where(changed[:, 0], tokens - self._next, 0)))
 
 
 def text_places(layout: BatchLayout, prefill: Prefill | None, layers: int) -> list[list[list[int]]]:
