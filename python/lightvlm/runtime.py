@@ -242,7 +242,7 @@ class Run:
             raise ValueError(
                 "past_key_values is a cache whose conversation was being read anew when a call failed; reset it"
             )
-        self._observer = self._observe(self._stats.add_op)
+        self._observer = self._observe(lambda call: self._stats.add_op(call, self._prompt))
         self._observer.__enter__()
         try:
             if cache is not None and cache.get_seq_length() > 0:
@@ -308,8 +308,10 @@ class Run:
     def plan_prompt(self, layout: BatchLayout, inputs: dict[str, Any], drafts: int) -> None:
         """Treat the call as a prompt of this layout."""
         self._prompt, self.kept, self._layout = True, {}, layout
-        self._prefill = self._plan_prefill(layout, inputs, drafts)
-        self._sparse = self._plan_sparse(layout, inputs, drafts)
+        planned = self.plan.prefill is not None
+        with self._stats.own_work(self._device) if planned else contextlib.nullcontext():
+            self._prefill = self._plan_prefill(layout, inputs, drafts)
+            self._sparse = self._plan_sparse(layout, inputs, drafts)
 
     def _step_aside(self, reason: str) -> None:
         """Note that the plan does not apply, if there is anything that it would have done."""
@@ -380,7 +382,9 @@ class Run:
             return None
         hidden = args[0] if args else kwargs.pop("hidden_states")
         assert isinstance(hidden, Tensor)
-        hidden = self._prefill.enter(index, hidden, kwargs)
+        at_stage = index in self._prefill.stages
+        with self._stats.own_work(self._device) if at_stage else contextlib.nullcontext():
+            hidden = self._prefill.enter(index, hidden, kwargs)
         if self._trace and index in self._prefill.stages:
             self.kept[index] = self._prefill.kept()
         return (hidden, *args[1:]), kwargs
@@ -407,7 +411,8 @@ class Run:
             else:
                 out, weights = call(module, query, key, value, mask, **kwargs)
             if self._prefill is not None and self._prefill.scores_at(index):
-                self._prefill.score(query, key, scale)
+                with self._stats.own_work(query.device):
+                    self._prefill.score(query, key, scale)
             if layer is not None and self._layout is not None:
                 starts = level.starts if level is not None else [row.leftpad for row in self._layout.rows]
                 shortened = self._prefill is not None and self._prefill.reduced
