@@ -30,7 +30,7 @@ class Report:
         later_bytes: bytes kept for that after the last step, on the host or the device.
         seconds: per phase ("prefill", "decode"); the model's time, images included, without the language-model head.
         own_seconds: the method's own work while prompts were read: planning, probes, choices, reductions and cuts, and
-            ops outside of them; the latter on a CPU alone. Part of the prefill's time, but for ops on the cache after it.
+            ops outside of them (these on a CPU alone). Part of the prefill's time, but for ops on the cache after it.
         op_calls, op_seconds: per op; on a GPU seconds are left out, because measuring them would synchronise.
         compactions: times the cache was compacted while decoding.
         graph: of :func:`lightvlm.generate`, where a CUDA graph did the steps: "captures", and "replays" (tokens).
