@@ -12,8 +12,12 @@ if TYPE_CHECKING:
 
 _BUDGETS = ("flops", "keep", "side", "kv", "bits")
 """Order of budgets; others come after them."""
-_TOKENS = "tokens: of an image, in the last layer / mean over layers; prefill, own work: over the full model's prefill"
-_POINTS = "- method: accuracy minus that method's at the same budget, in points, ± half of the 95 % interval"
+_KNOBS = ("keep", "tau", "bits", "side")
+_LEGEND = (
+    "in percent; kept: accuracy over the full model's; tokens: of an image, in the last layer/mean over layers",
+    "time: of the prefill, own: of the method's own work, over the full model's prefill",
+    "-method: accuracy minus that method's at the same budget, in points, ± half of the 95 % interval",
+)
 _MARKS = {
     "overhead_listed": ("!", "own work above 3 % of the full model's prefill"),
     "off_target": ("~", "no nearer to the budget"),
@@ -48,24 +52,18 @@ def table(result: dict[str, Any]) -> Table:
     title = f"{rows[0]['case']}\n{result['device']}, torch {result['torch']}, {result['commit']}"
     made = Table(
         title=title,
-        caption="\n".join([_TOKENS, _POINTS, *used, *result.get("notes", [])]),
+        caption="\n".join([*_LEGEND, *used, *result.get("notes", [])]),
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        show_edge=False,
+        padding=0,
     )
-    for name in ("budget", "method", "knob"):
-        made.add_column(name, overflow="fold")
+    made.add_column("budget", min_width=10)
+    made.add_column("method", overflow="fold")
+    made.add_column("knob", justify="right")
     made.add_column("accuracy", justify="right", min_width=16)
-    for name in (
-        "retained",
-        *(f"- {name}" for name in compared),
-        "tokens",
-        "FLOPs",
-        "KV",
-        "prefill",
-        "own",
-        "",
-    ):
-        made.add_column(name, justify="right")
+    shares = ("tokens", "FLOPs", "KV", "time", "own", "")
+    for name in ("kept", *(f"-{name}" for name in compared), *shares):
+        made.add_column(name, justify="right", no_wrap=True)
     last: Any = None
     for row in rows:
         budget = (row.get("budget"), row.get("target"))
@@ -80,27 +78,28 @@ def _line(row: Row, compared: Sequence[str], show_budget: bool) -> list[str]:
     budget = f"{row['budget']} {row['target']:g}" if show_budget and "budget" in row else ""
     if "skipped" in row:
         return [budget, row["method"], "", row["skipped"]]
-    known = ("keep", "tau", "bits", "side")
-    knob = next(
-        (f"{name} {row[name]:.3g}" for name in known if name in row and name != row.get("budget")), ""
-    )
+    knob = next((f"{row[name]:.3g}" for name in _KNOBS if name in row and name != row.get("budget")), "")
     return [
         budget,
         row["method"],
         knob,
-        f"{row['accuracy'] * 100:.1f} [{row['low'] * 100:.1f} {row['high'] * 100:.1f}]",
-        f"{row['retained']:.1%}",
+        f"{_percent(row['accuracy'])} [{_percent(row['low'])} {_percent(row['high'])}]",
+        _percent(row["retained"]),
         *(_difference(row.get(f"over_{name}")) for name in compared),
         f"{row['final_image_tokens']:.0f}/{row['image_tokens']:.0f}",
-        f"{row['flops_share']:.3f}",
-        f"{row['kv_share']:.3f}",
-        f"{row['prefill_seconds'] / row['baseline_prefill_seconds']:.2f}",
-        f"{row['overhead']:.1%}" if "overhead" in row else "",
+        _percent(row["flops_share"]),
+        _percent(row["kv_share"]),
+        _percent(row["prefill_seconds"] / row["baseline_prefill_seconds"]),
+        _percent(row["overhead"]) if "overhead" in row else "",
         "".join(sign for name, (sign, _) in _MARKS.items() if row.get(name)),
     ]
+
+
+def _percent(share: float) -> str:
+    return "100" if share == 1 else f"{share * 100:.1f}"
 
 
 def _difference(found: dict[str, float] | None) -> str:
     if found is None:
         return ""
-    return f"{found['mean'] * 100:+.1f} ±{(found['high'] - found['low']) * 50:.1f}"
+    return f"{found['mean'] * 100:+.1f}±{(found['high'] - found['low']) * 50:.1f}"
