@@ -80,6 +80,7 @@ def without_plan(
         "method": method,
         "family": method,
         "baseline": "full",
+        "keep": 1.0,
         **_scored(result.scores, full.scores, asked.kinds),
         "wall_seconds": result.seconds,
         "prefill_seconds": result.prefill_seconds,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _BUDGETS = ("flops", "keep", "side", "kv", "bits")
 """Order of budgets; others come after them."""
-_KNOBS = ("keep", "tau", "bits", "side")
+_KNOBS = ("side", "keep", "tau", "bits")
 _LEGEND = (
     "in percent; kept: accuracy over the full model's; tokens: of an image, in the last layer/mean over layers",
     "time: of the prefill, own: of the method's own work, over the full model's prefill",

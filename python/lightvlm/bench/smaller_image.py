@@ -79,7 +79,8 @@ def measure(
     row["baseline_prefill_seconds"] = baseline
     share = prompts.share_of(side * side)
     keep = side * side / model.config.image_seq_length
-    row |= {"budget": budget, "target": target, "side": side, "flops_share": share, "image_keep_share": keep}
+    row |= {"budget": budget, "target": target, "side": side, "flops_share": share}
+    row["keep"] = row["image_keep_share"] = keep
     row["kv_share"] = prompts.tokens_share_of(side * side)
     row["reached"] = share if budget == "flops" else target
     if budget == "flops" and abs(share - target) > prompts.one_token:
