@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from .cache import CompactCache
     from .decode_loop import generate
     from .kl import Divergence, divergence
-    from .methods import KVPrecision, LightVLM, Random, ZipVL, method, method_names
+    from .methods import *  # noqa: F403
+    from .methods import method, method_names
     from .paged_cache import PagedCompactCache
     from .pages import KVPages
     from .plan import Plan
@@ -28,14 +29,10 @@ __all__ = [
     "CompactCache",
     "Divergence",
     "KVPages",
-    "KVPrecision",
-    "LightVLM",
     "PagedCompactCache",
     "Plan",
-    "Random",
     "Report",
     "Run",
-    "ZipVL",
     "__version__",
     "attach",
     "divergence",
@@ -44,19 +41,16 @@ __all__ = [
     "method_names",
 ]
 
-# Imported at first use: torch takes a second, transformers several, and `lightvlm --help` needs neither.
+# Imported at first use: torch takes a second, transformers several, and `lightvlm --help` needs neither. What is not
+# here is a method: methods/__init__.py names them.
 _HOME = {
     "CompactCache": "cache",
     "Divergence": "kl",
     "KVPages": "pages",
-    "KVPrecision": "methods",
-    "LightVLM": "methods",
     "PagedCompactCache": "paged_cache",
     "Plan": "plan",
-    "Random": "methods",
     "Report": "report",
     "Run": "runtime",
-    "ZipVL": "methods",
     "attach": "runtime",
     "divergence": "kl",
     "generate": "decode_loop",
@@ -66,12 +60,16 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _HOME and not name[0].isupper():  # modules of the package are looked for here, too
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    home = importlib.import_module(f".{_HOME.get(name, 'methods')}", __name__)
+    if name not in _HOME and name not in home.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(home, name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    methods = importlib.import_module(".methods", __name__)
+    return sorted({*globals(), *__all__, *methods.__all__})

@@ -30,6 +30,7 @@ from .models.base import attention_kinds
 from .packed_eviction import evict_packed
 from .packing import check_storage, move_rows, pack_generated, pack_prompt
 from .plan import Plan
+from .positions import Shifts, select_rows
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -83,6 +84,8 @@ class CompactCache(Cache):
         self.run: weakref.ref[Run] | None = None
         self.transcript: Transcript | None = None
         self.leftpad: list[int] = []
+        self.position_shifts: Shifts = []
+        """Where generated tokens stand in layers whose prompt was numbered anew (positions.py)."""
         self.since_compaction = 0
         self.waits = False
         self._unread = True
@@ -118,6 +121,7 @@ class CompactCache(Cache):
             self._set_plan(run.plan)
         self.run = weakref.ref(run)
         self.leftpad, self.since_compaction, self.waits = list(leftpad), 0, False
+        self.position_shifts = []
 
     def take_place_of(self, other: Cache) -> CompactCache:
         """Turn ``other``, an empty cache, into this one, so that whoever holds it can go on with it."""
@@ -339,12 +343,14 @@ class CompactCache(Cache):
             layer.batch_select_indices(indices, rows)
         if self.leftpad:
             self.leftpad = [self.leftpad[row] for row in rows]
+        self.position_shifts = select_rows(self.position_shifts, indices)
         if self.transcript is not None:
             self.transcript.select_rows(indices)
 
     def reset(self) -> None:
         super().reset()
         self.leftpad, self.since_compaction, self.waits, self._unread = [], 0, False, True
+        self.position_shifts = []
         self.transcript = None
 
     def shrink(self) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .cache import CompactCache
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "lightvlm_cache"
 _LAYER = ("starts", "ends", "seen", "tail", "ragged", "dropped", "scale")
 
@@ -53,7 +53,9 @@ def save_cache(cache: CompactCache, path: str | Path) -> None:
         "leftpad": cache.leftpad,
         "since_compaction": cache.since_compaction,
         "layers": layers,
+        "position_shifts": [layer for layer, _ in cache.position_shifts],
     }
+    tensors |= {f"shift.{number}": shift for number, (_, shift) in enumerate(cache.position_shifts)}
     if cache.transcript is not None:
         about["transcript"], said = cache.transcript.state()
         tensors |= {f"transcript.{name}": x for name, x in said.items()}
@@ -95,6 +97,9 @@ def load_cache(
         }
         cache.transcript = Transcript.from_state(about["transcript"], said, device)
     cache.leftpad, cache.since_compaction = about["leftpad"], about["since_compaction"]
+    cache.position_shifts = [
+        (layer, tensors[f"shift.{number}"]) for number, layer in enumerate(about["position_shifts"])
+    ]
     for index, (layer, state) in enumerate(zip(cache.layers, about["layers"], strict=True)):
         own = {
             name.removeprefix(f"{index}."): x for name, x in tensors.items() if name.startswith(f"{index}.")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .calls import tokens_of
 from .host import upload
-from .layout import PADDING, TEXT, BatchLayout, LayoutError, RowLayout
+from .layout import PADDING, TEXT, BatchLayout, LayoutError, RowLayout, layout_of
 from .methods.base import AttentionPart
 from .session import Level, Prefill
 from .transcript import Transcript
@@ -132,7 +132,7 @@ def start(
     if run._reduces or drops or cache.plan.cache is not None:
         cache.transcript = said = Transcript(run.plan.keep_for_later)
         said.begin_call(inputs, one_logit)
-        said.add_kinds(layout.codes)
+        said.add_kinds(layout.codes, [row.grids for row in layout.rows])
         run._call = Call(said, inputs.get("input_ids"), run._adapter.has_pixels(inputs))
 
 
@@ -151,7 +151,7 @@ def resume(run: Run, cache: CompactCache, inputs: dict[str, Any], drafts: int, o
     said.follow(cache.get_seq_length())
     run._call = Call(said, inputs.get("input_ids"), images)
     turn = said.is_turn(inputs, new, drafts, one_logit) and said.dropped
-    kinds = None
+    kinds: BatchLayout | None = None
     if said.obstacle is None and (images or turn):
         try:
             kinds = _kinds(run, inputs, tokens, images)
@@ -159,7 +159,7 @@ def resume(run: Run, cache: CompactCache, inputs: dict[str, Any], drafts: int, o
             said.obstacle = f"the conversation cannot be read anew: {error}"
     if not turn:
         if kinds is not None:
-            said.add_kinds(kinds)
+            said.add_kinds(kinds.codes, [row.grids for row in kinds.rows])
         return False
     obstacle = said.obstacle if said.obstacle is not None else cache.lacks_room(said.length + new)
     if obstacle is not None:
@@ -168,17 +168,17 @@ def resume(run: Run, cache: CompactCache, inputs: dict[str, Any], drafts: int, o
     if len(tokens) != said.batch_size:
         raise ValueError(f"the call has {len(tokens)} rows, the cache has {said.batch_size}")
     assert kinds is not None
-    said.add_kinds(kinds)
+    said.add_kinds(kinds.codes, [row.grids for row in kinds.rows])
     layout = run._call.anew = said.layout()
     run.plan_prompt(layout, inputs, drafts)
     return True
 
 
-def _kinds(run: Run, inputs: dict[str, Any], tokens: Tensor, images: bool) -> Tensor:
-    """Codes (B, S) of new tokens; the device is asked only where images are among them."""
+def _kinds(run: Run, inputs: dict[str, Any], tokens: Tensor, images: bool) -> BatchLayout:
+    """Layout of new tokens; the device is asked only where images are among them."""
     if images:
-        return run._read_layout(inputs, None).codes
-    return torch.full(tokens.shape[:2], TEXT, dtype=torch.int32)
+        return run._read_layout(inputs, None)
+    return layout_of(torch.full(tokens.shape[:2], TEXT, dtype=torch.int32))
 
 
 def _images_before(row: RowLayout, end: int) -> int:

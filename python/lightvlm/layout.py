@@ -9,10 +9,14 @@ the device again.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+Grid = tuple[int, int, int]
 
 PADDING, TEXT, FIRST_IMAGE = 0, 1, 2
 """Codes of a token's kind: padding, text, or image number ``code - FIRST_IMAGE`` of its row."""
@@ -20,10 +24,14 @@ PADDING, TEXT, FIRST_IMAGE = 0, 1, 2
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive tokens of one kind: ``image`` is None for text, else the number of the image in its row."""
+    """Consecutive tokens of one kind: ``image`` is None for text, else the number of the image in its row.
+
+    grid: (frames, height, width) of the image's original tokens, where it is known.
+    """
 
     image: int | None
     tokens: int
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,11 @@ class RowLayout:
     def image_sizes(self) -> tuple[int, ...]:
         """Tokens of each image of the row."""
         return tuple(run.tokens for run in self.runs if run.image is not None)
+
+    @property
+    def grids(self) -> tuple[Grid | None, ...]:
+        """Grid of each image of the row."""
+        return tuple(run.grid for run in self.runs if run.image is not None)
 
     @property
     def trailing_text(self) -> int:
@@ -101,7 +114,13 @@ class LayoutError(ValueError):
     """A batch whose layout no plan can work on; the message says why."""
 
 
-def read_layout(is_image: Tensor, valid: Tensor, sizes: list[int] | None) -> BatchLayout:
+def read_layout(
+    is_image: Tensor,
+    valid: Tensor,
+    sizes: list[int] | None,
+    grids: Sequence[Grid | None] | None = None,
+    positions: Tensor | None = None,
+) -> BatchLayout:
     """Read the layout of a batch.
 
     Args:
@@ -109,6 +128,9 @@ def read_layout(is_image: Tensor, valid: Tensor, sizes: list[int] | None) -> Bat
         valid (B, S) bool on the CPU: tokens that are not padding.
         sizes: tokens of each image, in reading order over the batch; None: every run of image tokens is an
             image.
+        grids: (frames, height, width) of each image, in the same order; None: not known.
+        positions (3, B, S) on the CPU: frame, row and column of each token (M-RoPE), which say the grids where
+            ``grids`` does not.
 
     Raises:
         LayoutError: padding that is not on the left, or image sizes that do not match the placeholders.
@@ -127,11 +149,42 @@ def read_layout(is_image: Tensor, valid: Tensor, sizes: list[int] | None) -> Bat
         rows.append(RowLayout(pad, tuple(_row_runs(is_image[b], pad, pending, codes[b], within[b]))))
     if pending:
         raise LayoutError(f"{len(pending)} images have no placeholder tokens in the prompt")
-    return BatchLayout(tuple(rows), codes, within)
+    return BatchLayout(_with_grids(rows, grids, positions), codes, within)
 
 
-def layout_of(codes: Tensor) -> BatchLayout:
-    """The layout that ``codes`` (B, S) int32 on the CPU say: :attr:`BatchLayout.codes`, padding on the left."""
+def _with_grids(
+    rows: list[RowLayout], grids: Sequence[Grid | None] | None, positions: Tensor | None
+) -> tuple[RowLayout, ...]:
+    """The rows with the grid of each image, where it is known and fits the image's tokens."""
+    given = iter(grids) if grids is not None else None
+    found = []
+    for b, row in enumerate(rows):
+        runs, at = [], row.leftpad
+        for run in row.runs:
+            if run.image is not None:
+                grid = next(given, None) if given is not None else None
+                if grid is None and positions is not None:
+                    grid = _grid_of(positions[:, b, at : at + run.tokens])
+                if grid is not None and math.prod(grid) == run.tokens:
+                    run = replace(run, grid=grid)
+            runs.append(run)
+            at += run.tokens
+        found.append(replace(row, runs=tuple(runs)))
+    return tuple(found)
+
+
+def _grid_of(positions: Tensor) -> Grid:
+    """Grid of an image whose tokens have these frames, rows and columns (3, n)."""
+    low, high = positions.aminmax(dim=1)
+    height, width = (high - low + 1)[1:].tolist()
+    return positions.shape[1] // max(1, height * width), height, width
+
+
+def layout_of(codes: Tensor, grids: Sequence[Sequence[Grid | None]] | None = None) -> BatchLayout:
+    """The layout that ``codes`` (B, S) int32 on the CPU say: :attr:`BatchLayout.codes`, padding on the left.
+
+    ``grids``: of each row's images.
+    """
     within = torch.zeros_like(codes)
     rows = []
     for row, index in zip(codes, within, strict=True):
@@ -147,7 +200,8 @@ def layout_of(codes: Tensor) -> BatchLayout:
                 index[at : at + count] = torch.arange(count, dtype=torch.int32)
             at += count
         rows.append(RowLayout(leftpad, tuple(runs)))
-    return BatchLayout(tuple(rows), codes, within)
+    flat = None if grids is None else [grid for row in grids for grid in row]
+    return BatchLayout(_with_grids(rows, flat, None), codes, within)
 
 
 def _row_runs(

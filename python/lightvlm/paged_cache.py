@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from .cache_layer import CompactLayer
     from .plan import Plan
+from .positions import select_rows
 
 
 class PagedCompactCache(CompactCache):
@@ -177,6 +178,7 @@ class PagedCompactCache(CompactCache):
             layer.batch_select_indices(indices, rows)
         if self.leftpad:
             self.leftpad = [self.leftpad[row] for row in rows]
+        self.position_shifts = select_rows(self.position_shifts, indices)
         if self.transcript is not None:
             self.transcript.select_rows(indices)
 

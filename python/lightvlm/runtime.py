@@ -26,6 +26,8 @@ from .models import find_adapter
 from .models.base import Adapter
 from .packing import check_storage
 from .plan import Plan
+from .positions import ShiftedTables, decoder_positions
+from .probing import check_look_ahead
 from .report import Report
 from .session import Prefill, text_places
 from .sparse_attention import SparsePrefill
@@ -76,6 +78,9 @@ def attach(model: nn.Module, plan: Plan, *, trace: bool = False) -> Run:
                 f"plan reduces tokens at layer {stages[0].layer}; {type(model).__name__} allows it from layer "
                 f"{adapter.first_layer} on"
             )
+        if stages and plan.prefill.probe is not None and plan.prefill.probe.layer == "coming":
+            for stage in stages:
+                check_look_ahead(adapter.layers[stage.layer])
     return Run(adapter, plan, trace)
 
 
@@ -113,6 +118,7 @@ class Run:
         self._drafts = self._unsure = 0
         self._one_logit = False
         self._call: later.Call | None = None
+        self._shifted: ShiftedTables | None = None
         self._timer: Timer | None = None
         self._stats = Statistics(adapter)
         self._observe = observe
@@ -330,10 +336,16 @@ class Run:
             mask = torch.ones_like(is_image)
         elif mask.shape != is_image.shape:
             raise LayoutError("the attention mask and the tokens differ in shape")
-        on_host = torch.stack([is_image, mask.to(is_image.device).bool()]).cpu()
-        return read_layout(
-            on_host[0], on_host[1], self._adapter.image_sizes(inputs) if on_host[0].any() else None
-        )
+        streams = [is_image, mask.to(is_image.device).bool()]
+        positions = inputs.get("position_ids")
+        if isinstance(positions, Tensor) and positions.dim() == 3 and positions.shape[1:] == is_image.shape:
+            # M-RoPE: frame, row and column of each token, which say an image's grid
+            streams = [x.int() for x in (*streams, *positions[-3:].to(is_image.device))]
+        on_host = torch.stack(streams).cpu()
+        flags = on_host[:2].bool()
+        sizes = self._adapter.image_sizes(inputs) if flags[0].any() else None
+        grids = self._adapter.image_grids(inputs, sizes)
+        return read_layout(flags[0], flags[1], sizes, grids, on_host[2:] if len(on_host) == 5 else None)
 
     def _own_cache(self, cache: Any, layout: BatchLayout) -> CompactCache:
         from .cache import CompactCache
@@ -355,7 +367,7 @@ class Run:
         if longest < part.min_image_tokens:
             self._stats.step_aside(f"fewer than min_image_tokens ({part.min_image_tokens}) image tokens")
             return None
-        return Prefill(part, layout, len(self._adapter.layers), self._device, drafts)
+        return Prefill(part, layout, self._adapter, self._device, drafts)
 
     def _plan_sparse(self, layout: BatchLayout, inputs: dict[str, Any], drafts: int) -> SparsePrefill | None:
         part = self.plan.prefill
@@ -373,11 +385,25 @@ class Run:
         return next(self._adapter.layers[0].parameters()).device
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._call is None or self._cache is None:
-            return None
-        return self._call.enter(self, self._cache, module, args, kwargs)
+        changed = None
+        if self._call is not None and self._cache is not None:
+            changed = self._call.enter(self, self._cache, module, args, kwargs)
+        shifts = self._cache.position_shifts if self._cache is not None else []
+        if self._prefill is not None or shifts:
+            positions = decoder_positions(module, *(changed if changed is not None else (args, kwargs)))
+            if positions is not None and self._prefill is not None:
+                self._prefill.begin(positions)
+            elif positions is not None:
+                self._shifted = ShiftedTables(self._adapter, shifts, positions)
+        return changed
 
     def _before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._shifted is not None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            tables = self._shifted.at(index, hidden)
+            if tables is not None:
+                kwargs["position_embeddings"] = tables
+            return args, kwargs
         if self._prefill is None:
             return None
         hidden = args[0] if args else kwargs.pop("hidden_states")
@@ -454,6 +480,8 @@ class Run:
             self._stats.add_sparse(self._sparse)
             if cache is not None and self._sparse.part.unimportant == "drop":
                 cache.keep_only(self._sparse.selections, self._sparse.tail)
+        if self._prefill is not None and cache is not None:
+            cache.position_shifts = self._prefill.shifts
         if self._prompt and cache is not None:
             selections = self._sparse.selections if self._sparse is not None else None
             cache.pack_prompt(selections, self._unsure, text=self._text_places())
@@ -476,7 +504,7 @@ class Run:
 
     def _forget(self) -> None:
         """Drop what belongs to one call of the model, also where the call before did not get to its end."""
-        self._prefill = self._sparse = self._layout = self._cache = self._call = None
+        self._prefill = self._sparse = self._layout = self._cache = self._call = self._shifted = None
         self._text = None
         self._prompt, self._own, self._unsure = False, False, 0
         observer, self._observer = self._observer, None

@@ -6,8 +6,8 @@ per prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor
 from lightvlm_ext import ops
 
 from .host import upload
-from .layout import FIRST_IMAGE, TEXT, BatchLayout, RowLayout, Run
-from .methods.base import PrefillPart, Probe, StageInput, keep_count
-
-AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+from .layout import FIRST_IMAGE, TEXT, BatchLayout, RowLayout
+from .methods.base import Picture, PrefillPart, Probe, Stage, StageInput
+from .models.base import Adapter
+from .probing import coming_keys, coming_queries, gather_rows, probe_positions, scale_of, spread
 
 
 @dataclass(frozen=True)
@@ -44,30 +44,55 @@ class Level:
 class StagePlan:
     """A stage for this batch: what stays of every image, known before the layer runs."""
 
+    stage: Stage
     after: Level
-    keep: list[list[int]]
+    pictures: tuple[tuple[Picture, ...], ...]
+
+    @property
+    def keep(self) -> list[list[int]]:
+        """Tokens to keep of each image of each row."""
+        return [[picture.keep for picture in row] for row in self.pictures]
 
 
-def plan_stage(level: Level, originals: list[tuple[int, ...] | None], keep: float) -> StagePlan:
-    """Counts and layout after keeping ``keep`` of each image's original tokens (never more than are left).
+Counts = Callable[[Stage, Sequence[Picture]], list[int]]
 
-    ``originals``: tokens that the images of each row had at first; None: the row keeps all.
+
+def plan_stage(
+    level: Level, originals: Sequence[tuple[int, ...] | None], stage: Stage, counts: Counts
+) -> StagePlan:
+    """Counts and layout after a stage.
+
+    Args:
+        level: the batch before it.
+        originals: tokens that the images of each row had at first; None: the row keeps all.
+        counts: how many tokens of each image of a row stay (:meth:`PrefillPart.counts`).
+
+    Raises:
+        ValueError: a count below 1 or above what an image has.
     """
-    rows, counts = [], []
-    for row, original in zip(level.rows, originals, strict=True):
-        kept: list[int] = []
-        runs = []
-        for run in row.runs:
-            if run.image is None:
-                runs.append(run)
-            else:
-                wanted = run.tokens if original is None else keep_count(original[run.image], keep)
-                kept.append(min(run.tokens, wanted))
-                runs.append(Run(run.image, kept[-1]))
+    rows, pictures = [], []
+    for row, start, original in zip(level.rows, level.starts, originals, strict=True):
+        found = _pictures(row, start, original)
+        kept = [picture.tokens for picture in found] if original is None else counts(stage, found)
+        if len(kept) != len(found) or any(not 1 <= k <= p.tokens for k, p in zip(kept, found, strict=True)):
+            raise ValueError(f"counts must say 1 to {[p.tokens for p in found]} tokens an image, got {kept}")
+        pictures.append(tuple(replace(picture, keep=k) for picture, k in zip(found, kept, strict=True)))
+        left = iter(kept)
+        runs = [run if run.image is None else replace(run, tokens=next(left)) for run in row.runs]
         rows.append(RowLayout(0, tuple(runs)))
-        counts.append(kept)
     length = max(row.tokens for row in rows)
-    return StagePlan(Level(tuple(rows), length), counts)
+    return StagePlan(stage, Level(tuple(rows), length), tuple(pictures))
+
+
+def _pictures(row: RowLayout, start: int, originals: tuple[int, ...] | None) -> list[Picture]:
+    """The images of a row that begins at ``start``."""
+    found, at = [], start
+    for run in row.runs:
+        if run.image is not None:
+            original = run.tokens if originals is None else originals[run.image]
+            found.append(Picture(run.image, at, at + run.tokens, original, run.tokens, run.grid))
+        at += run.tokens
+    return found
 
 
 class Prefill:
@@ -77,7 +102,7 @@ class Prefill:
     """
 
     def __init__(
-        self, part: PrefillPart, layout: BatchLayout, layers: int, device: torch.device, drafts: int = 0
+        self, part: PrefillPart, layout: BatchLayout, adapter: Adapter, device: torch.device, drafts: int = 0
     ) -> None:
         self.part = part
         self.drafts = drafts
@@ -86,17 +111,26 @@ class Prefill:
         self.stages: dict[int, StagePlan] = {}
         # Each row decides for itself, so that it is reduced alike alone and in a batch.
         originals = [
-            row.image_sizes if sum(row.image_sizes) >= part.min_image_tokens else None for row in layout.rows
+            row.image_sizes if row.image_sizes and sum(row.image_sizes) >= part.min_image_tokens else None
+            for row in layout.rows
         ]
-        for stage in part.stages(layers):
-            planned = plan_stage(self.levels[-1], originals, stage.keep)
-            self.stages[stage.layer] = planned
-            self.levels.append(planned.after)
+        for stage in part.stages(len(adapter.layers)):
+            planned = plan_stage(self.levels[-1], originals, stage, part.counts)
+            if planned.after.rows != tuple(replace(row, leftpad=0) for row in self.levels[-1].rows):
+                self.stages[stage.layer] = planned
+                self.levels.append(planned.after)
         self.level = first
+        self.shifts: list[tuple[int, Tensor]] = []
+        """From which layer on generated tokens stand how far (B,) from where the model puts them."""
+        self._adapter = adapter
         self._codes = upload(layout.codes, device)
         self._within = upload(layout.within, device)
+        self._raters: Tensor | None = None
+        self._sizes: Tensor | None = None
+        self._next: Tensor | None = None
         self._inputs: dict[str, Any] = {}
         self._scores: Tensor | None = None
+        self._keys: Tensor | None = None
 
     @property
     def reduced(self) -> bool:
@@ -108,38 +142,74 @@ class Prefill:
         passed = sum(stage <= layer for stage in self.stages)
         return self.levels[passed]
 
+    def begin(self, positions: Tensor) -> None:
+        """At the decoder: positions (B, S) or (axes, B, S) of the tokens, as the rotary embedding gets them."""
+        furthest = positions.amax(-1) + 1
+        self._next = furthest[-3:].amax(0) if positions.dim() == 3 else furthest
+
     def scores_at(self, layer: int) -> bool:
-        """Whether the attention of this layer must score the tokens: a stage comes right after it."""
-        return layer + 1 in self.stages and self.part.probe is not None
+        """Whether the attention of this layer must be shown: a stage that wants it comes right after it."""
+        probe = self.part.probe
+        looks = self.part.wants_keys or (probe is not None and probe.layer == "before")
+        return looks and layer + 1 in self.stages
 
     def score(self, query: Tensor, key: Tensor, scale: float | None) -> None:
         """Score this level's tokens. query (B, Hq, M, D), key (B, Hkv, M, D), as attention gets them."""
         probe = self.part.probe
-        assert probe is not None
-        positions = [
-            _probe_positions(row, start, probe, self.drafts)
-            for row, start in zip(self.level.rows, self.level.starts, strict=True)
-        ]
-        rows, row_pos = _gather_rows(query.transpose(1, 2), positions)
-        device = query.device
-        self._scores = ops.importance(
+        key = key.transpose(1, 2)
+        if self.part.wants_keys:
+            self._keys = key
+        if probe is not None and probe.layer == "before":
+            positions = probe_positions(self.level, probe, self.drafts)
+            rows, row_pos = gather_rows(query.transpose(1, 2), positions)
+            self._scores = self._probe(probe, rows, row_pos, key, scale)
+
+    def _probe(
+        self, probe: Probe, rows: Tensor, row_pos: list[list[int]], key: Tensor, scale: float | None
+    ) -> Tensor:
+        """Scores (B, M) from probe rows (B, W, Hq, D) at ``row_pos``, -1 for none, and keys (B, M, Hkv, D)."""
+        if probe.axis == "query":
+            return spread(probe, self.level, self.drafts, rows, row_pos, key, scale)
+        at = upload(row_pos, rows.device)
+        if self._raters is not None:
+            rates = self._raters.gather(1, at.clamp_min(0).long())
+            at = torch.where(rates, at, -1)
+        return ops.importance(
             rows,
-            key.transpose(1, 2),
+            key,
             scale=scale,
-            row_pos=upload(row_pos, device),
-            leftpad=upload(self.level.starts, device),
+            row_pos=at,
+            leftpad=upload(self.level.starts, rows.device),
             rows=probe.over_rows,
             heads=probe.over_heads,
         )
 
     def enter(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The hidden states a layer shall get; its keyword arguments are cut to them in place."""
+        if layer == 0:
+            self._raters = self.part.raters(hidden, self._segment(), self._codes == TEXT)
         stage = self.stages.get(layer)
         if stage is not None:
+            self._look_ahead(layer, hidden, self._inputs if self.reduced else kwargs)
             hidden = self._reduce(stage, hidden, kwargs)
         if self.reduced:
             kwargs.update(self._inputs)
         return hidden
+
+    def _look_ahead(self, layer: int, hidden: Tensor, inputs: dict[str, Any]) -> None:
+        """Score with the queries and keys that the coming layer would have, where the method asks for them."""
+        probe = self.part.probe
+        if probe is None or probe.layer != "coming":
+            return
+        module = self._adapter.layers[layer]
+        positions = probe_positions(self.level, probe, self.drafts)
+        tables = [_tokens_second(table, hidden.shape[0]) for table in inputs["position_embeddings"]]
+        streams, row_pos = gather_rows([hidden, *tables], positions)
+        rows = coming_queries(module, streams[0], streams[1], streams[2])
+        key = coming_keys(module, hidden, tables[0], tables[1])
+        self._scores = self._probe(probe, rows, row_pos, key, scale_of(module))
+        if self.part.wants_keys:
+            self._keys = key
 
     def kept(self) -> list[list[list[int]]]:
         """Row -> image -> indices (in the original image) of the tokens that are left; reads the device."""
@@ -154,25 +224,35 @@ class Prefill:
             found.append(images)
         return found
 
+    def _segment(self) -> Tensor:
+        return torch.where(self._codes >= FIRST_IMAGE, self._codes - FIRST_IMAGE, -1).to(torch.int32)
+
     def _reduce(self, stage: StagePlan, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         images = max(len(kept) for kept in stage.keep)
         keep = upload([kept + [0] * (images - len(kept)) for kept in stage.keep], hidden.device)
-        segment = torch.where(self._codes >= FIRST_IMAGE, self._codes - FIRST_IMAGE, -1).to(torch.int32)
+        if self.part.counts_sizes and self._sizes is None:
+            self._sizes = torch.ones(hidden.shape[:2], device=hidden.device)
         reduced = self.part.reduce(
             StageInput(
+                stage=stage.stage,
                 hidden=hidden,
                 scores=self._scores,
-                segment=segment,
+                segment=self._segment(),
                 within=self._within,
                 text=self._codes == TEXT,
                 keep=keep,
                 capacity=stage.after.length,
+                pictures=stage.pictures,
+                keys=self._keys,
+                sizes=self._sizes,
             )
         )
         before = self._inputs if self.reduced else kwargs
-        self._cut(before, reduced.selection.index, reduced.selection.count, hidden.shape[0])
-        self._scores = None
+        self._scores, self._keys, self._sizes = None, None, reduced.sizes
         self.level = stage.after
+        self._cut(before, reduced.selection.index, reduced.selection.count, hidden.shape[0])
+        if self.part.positions != "keep":
+            self._renumber(stage, reduced.hidden)
         return reduced.hidden
 
     def _cut(self, before: dict[str, Any], index: Tensor, count: Tensor, batch: int) -> None:
@@ -182,14 +262,39 @@ class Prefill:
         streams = [_tokens_second(cos, batch), _tokens_second(sin, batch), self._codes, self._within]
         if position_ids is not None:
             streams.append(_tokens_second(position_ids[..., None], batch))
+        if self._raters is not None:
+            streams.append(self._raters.int())
         cut = ops.gather_tokens(streams, index, count, align="right")
         self._codes, self._within = cut[2], cut[3]
+        if self._raters is not None:
+            self._raters = cut.pop().bool()
         self._inputs = {
             "position_embeddings": (_tokens_back(cut[0], cos.dim()), _tokens_back(cut[1], sin.dim())),
             "attention_mask": None,
         }
         if position_ids is not None:
             self._inputs["position_ids"] = _tokens_back(cut[4], position_ids.dim() + 1)[..., 0]
+
+    def _renumber(self, stage: StagePlan, hidden: Tensor) -> None:
+        """Number the tokens of rows that lost some from 0 on, and say where generated ones go on."""
+        device = hidden.device
+        lost = [
+            row.tokens < first.tokens for row, first in zip(self.level.rows, self.levels[0].rows, strict=True)
+        ]
+        changed = upload(lost, device, torch.bool)[:, None]
+        starts = upload(self.level.starts, device)[:, None]
+        places = (torch.arange(self.level.length, device=device) - starts).clamp_min(0)
+        tables = self._adapter.rotary_tables(hidden, places)
+        old = self._inputs["position_embeddings"]
+        self._inputs["position_embeddings"] = tuple(
+            torch.where(changed[..., None], new, kept) for new, kept in zip(tables, old, strict=True)
+        )
+        position_ids = self._inputs.get("position_ids")
+        if position_ids is not None:
+            self._inputs["position_ids"] = torch.where(changed, places, position_ids)
+        if self.part.positions == "renumber" and self._next is not None:
+            tokens = upload([row.tokens for row in self.level.rows], device)
+            self.shifts.append((stage.stage.layer, torch.where(changed[:, 0], tokens - self._next, 0)))
 
 
 def text_places(layout: BatchLayout, prefill: Prefill | None, layers: int) -> list[list[list[int]]]:
@@ -217,24 +322,3 @@ def _tokens_second(x: Tensor, batch: int) -> Tensor:
 def _tokens_back(x: Tensor, dims: int) -> Tensor:
     """Undo :func:`_tokens_second`."""
     return x if dims == 3 else x.permute(2, 0, 1, 3)
-
-
-def _probe_positions(row: RowLayout, start: int, probe: Probe, drafts: int) -> list[int]:
-    """Where the probe rows of a row of the batch stand: text after an image, else its last token."""
-    end = row.tokens - (drafts if drafts <= row.trailing_text else 0)
-    positions = row.text_positions_after_image() if probe.rows == "text" else []
-    positions = [position for position in positions if position < end][-probe.limit :]
-    return [start + position for position in positions or [end - 1]]
-
-
-def _gather_rows(query: Tensor, positions: list[list[int]]) -> tuple[Tensor, list[list[int]]]:
-    """Query rows (B, W, Hq, D) at the positions, and where each stands, or -1 where a batch row has fewer."""
-    length, width = query.shape[1], max(len(row) for row in positions)
-    if all(
-        row == list(range(length - len(row), length)) for row in positions
-    ):  # the usual prompt: image, then text
-        return query[:, length - width :], [[-1] * (width - len(row)) + row for row in positions]
-    padded = [row + [-1] * (width - len(row)) for row in positions]
-    index = upload(padded, query.device)
-    count = upload([len(row) for row in positions], query.device)
-    return ops.gather_tokens(query, index, count), padded

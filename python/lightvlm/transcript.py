@@ -8,7 +8,7 @@ the CPU. A token costs C * 2 bytes in 16 bits where it is held as an embedding, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .host import download
-from .layout import FIRST_IMAGE, TEXT, BatchLayout, layout_of
+from .layout import FIRST_IMAGE, TEXT, BatchLayout, Grid, layout_of
 from .plan import KeepForLater
 
 _ROOM = 128
@@ -80,6 +80,7 @@ class Transcript:
         self._ids = self._positions = torch.empty(0)
         self._held: list[_Held] = []
         self._codes: Tensor | None = None
+        self._grids: list[list[Grid | None]] = []
         self._code_rows: Tensor | None = None
         self._call: tuple[Any, ...] = ()
 
@@ -144,16 +145,23 @@ class Transcript:
         positions = after - new + torch.arange(new, device=ids.device)
         self.add(ids, ids[..., None], positions.expand(*positions.shape[:-2], *ids.shape), False)
 
-    def add_kinds(self, new: Tensor) -> None:
+    def add_kinds(self, new: Tensor, grids: Sequence[Sequence[Grid | None]]) -> None:
         """Say what the tokens are that :meth:`add` will add next: codes (B, S) int32 on the CPU (see ``layout``), the
-        images numbered from the first. Where rows have changed places, the device is asked how."""
+        images numbered from the first, and the images' grids for each row. Where rows have changed places, the device
+        is asked how."""
         if self.keep == "drop":
             return
         if self._codes is None:
-            self._codes = new
+            self._codes, self._grids = new, [list(row) for row in grids]
             return
         if self._code_rows is not None:
-            self._codes, self._code_rows = self._codes[self._code_rows.cpu()], None
+            rows = self._code_rows.cpu()
+            self._codes, self._code_rows = self._codes[rows], None
+            self._grids = [self._grids[row] for row in rows.tolist()]
+        self._grids = [
+            [*had[: _images(codes)], *more]
+            for had, codes, more in zip(self._grids, self._codes[:, : self.length], grids, strict=True)
+        ]
         before = self._codes[:, : self.length]
         if self.length > before.shape[1]:
             text = before.new_full((len(before), self.length - before.shape[1]), TEXT)
@@ -164,7 +172,7 @@ class Transcript:
     def layout(self) -> BatchLayout:
         """Where the images of the whole conversation are, right after :meth:`add_kinds`."""
         assert self._codes is not None
-        return layout_of(self._codes)
+        return layout_of(self._codes, self._grids)
 
     def embeds(self, embed: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
         """Input embeddings (B, length, C) of the whole conversation, in the dtype and on the device of ``like``;
@@ -235,9 +243,12 @@ class Transcript:
         if self.length:
             tensors["ids"] = self._ids[:, : self.length]
             tensors["positions"] = self._positions[:, :, : self.length]
+        grids = self._grids
         if self._codes is not None:
-            codes = self._codes
-            tensors["codes"] = codes if self._code_rows is None else codes[self._code_rows.cpu()]
+            tensors["codes"] = self._codes
+            if self._code_rows is not None:
+                rows_now = self._code_rows.cpu()
+                tensors["codes"], grids = self._codes[rows_now], [grids[row] for row in rows_now.tolist()]
         held = []
         for number, one in enumerate(self._held):
             rows = slice(None) if one.rows is None else one.rows.to(one.states.device)
@@ -246,7 +257,7 @@ class Transcript:
                 tensors[f"scale.{number}"] = one.scale[rows]
             held.append([one.start, one.tokens])
         about = {"keep": self.keep, "length": self.length, "dropped": self.dropped, "obstacle": self.obstacle}
-        return {**about, "held": held}, tensors
+        return {**about, "held": held, "grids": grids}, tensors
 
     @classmethod
     def from_state(
@@ -258,6 +269,7 @@ class Transcript:
         if "ids" in tensors:
             own._ids, own._positions = tensors["ids"].to(device), tensors["positions"].to(device)
         own._codes = tensors.get("codes")
+        own._grids = [[None if grid is None else tuple(grid) for grid in row] for row in about["grids"]]
         for number, (start, tokens) in enumerate(about["held"]):
             states, scale = tensors[f"held.{number}"], tensors.get(f"scale.{number}")
             if scale is not None:  # in 8 bits it stays on the device
@@ -272,7 +284,13 @@ class Transcript:
         with torch.inference_mode(False):
             own._ids, own._positions = self._ids.clone(), self._positions.clone()
         own._held, own._call = list(self._held), ()
+        own._grids = [list(row) for row in self._grids]
         return own
+
+
+def _images(codes: Tensor) -> int:
+    """Images among tokens of these codes (S,)."""
+    return max(0, int(codes.amax()) - FIRST_IMAGE + 1) if codes.numel() else 0
 
 
 def _with_room(x: Tensor, used: int, room: int) -> Tensor:

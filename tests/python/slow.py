@@ -38,6 +38,7 @@ class SlowDecoder:
         self.kept: dict[int, list[Selected]] = {}
         self.seen = self.since = 0
         self.next_position = 0
+        self.shifts: list[tuple[int, int]] = []
 
     # -- prompt
 
@@ -57,7 +58,7 @@ class SlowDecoder:
                 hidden, left = self._reduce(hidden, segment, within, sizes, scores, stages[index])
                 segment = [segment[i] for i in left]
                 within = [within[i] for i in left]
-                positions = positions[..., left]
+                positions = self._renumber(index, positions[..., left], len(ids) - len(left))
                 self.kept[index] = [
                     [within[i] for i in range(len(segment)) if segment[i] == image]
                     for image in range(len(sizes))
@@ -105,6 +106,16 @@ class SlowDecoder:
                 found.append((start, start, start))
                 start += 1
         return torch.tensor(found).T
+
+    def _renumber(self, index: int, positions: Tensor, lost: int) -> Tensor:
+        """Positions of the tokens that stay at a stage, and in ``shifts`` where generated ones go on."""
+        assert self.prefill is not None
+        how, left = self.prefill.get("positions", "keep"), positions.shape[-1]
+        if how == "keep" or not lost:
+            return positions
+        if how == "renumber":
+            self.shifts.append((index, left - self.next_position))
+        return torch.arange(left).expand(positions.shape)
 
     def _score(self, weights: Tensor, segment: Sequence[int]) -> Tensor:
         """Scores (S,) from attention weights (H, S, S) of the layer before a stage."""
@@ -204,7 +215,8 @@ class SlowDecoder:
         self.next_position += len(hidden)
         self.seen += len(hidden)
         for index, layer in enumerate(self.layers):
-            query, key, value = self._project(layer, hidden, positions)
+            shift = max((first, shift) for first, shift in [(-1, 0), *self.shifts] if first <= index)[1]
+            query, key, value = self._project(layer, hidden, positions + shift)
             self.keys[index] = torch.cat([self.keys[index], key], dim=1)
             self.values[index] = torch.cat([self.values[index], value], dim=1)
             self.queries[index] += query.unbind(dim=1)

@@ -102,7 +102,7 @@ def test_an_empty_cache(model: Any, tmp_path: Path) -> None:
 def test_bad_files(model: Any, tmp_path: Path) -> None:
     path = tmp_path / "cache.safetensors"
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="is not a cache of lightvlm in format 1, got format None"):
+    with pytest.raises(ValueError, match="is not a cache of lightvlm in format 2, got format None"):
         CompactCache.load(path, model.config)
     with torch.no_grad():
         cache = model(**prompt(LLAVA, LONG), past_key_values=CompactCache(model.config)).past_key_values

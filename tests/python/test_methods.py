@@ -19,11 +19,13 @@ from lightvlm.session import Level, plan_stage
 
 
 def test_registry() -> None:
-    assert lightvlm.method_names() == ["lightvlm", "random", "zipvl"]
+    names = lightvlm.method_names()
+    assert names == sorted(names)
+    assert {"lightkv", "lightvlm", "random", "zipvl"} <= set(names)
     assert lightvlm.method("lightvlm", keep=0.5) == lightvlm.LightVLM(keep=0.5)
     assert lightvlm.method("random") == lightvlm.Random()
-    with pytest.raises(ValueError, match="method must be one of lightvlm, random, zipvl, got 'fastv'"):
-        lightvlm.method("fastv")
+    with pytest.raises(ValueError, match=r"method must be one of .*lightvlm, .*zipvl, got 'quickv'"):
+        lightvlm.method("quickv")
     with pytest.raises(TypeError, match="strenth"):
         lightvlm.method("lightvlm", strenth=1)
 
@@ -94,13 +96,14 @@ def test_counts_of_a_stage_never_grow() -> None:
         RowLayout(5, (Run(None, 11),)),
     )
     originals = [row.image_sizes for row in rows]
-    first = plan_stage(Level(rows, 16), originals, 0.5)
+    part = RandomPrefill()
+    first = plan_stage(Level(rows, 16), originals, Stage(2, 0.5), part.counts)
     assert first.keep == [[5, 2], []]
     assert [row.tokens for row in first.after.rows] == [10, 11]
     assert first.after.length == 11
     assert first.after.starts == [1, 0]
     # 0.45 of 10 rounds to 5 and of 3 to 1: counts are of the original tokens, whatever the stage before left
-    second = plan_stage(first.after, originals, 0.45)
+    second = plan_stage(first.after, originals, Stage(3, 0.45), part.counts)
     assert second.keep == [[5, 1], []]
     assert second.after.tail == 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..plan import Plan
 from .base import Method
 from .kv_precision import KVPrecision
+from .lightkv import LightKV
 from .lightvlm import LightVLM
 from .random import Random
 from .zipvl import ZipVL, ZipVLPrefill
@@ -12,6 +13,7 @@ from .zipvl import ZipVL, ZipVLPrefill
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
+        Method("lightkv", LightKV, "arXiv 2605.00789"),
         Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
         Method("random", Random, "baseline"),
         Method("zipvl", ZipVL, "arXiv 2410.08584", knob="tau", levels=(0.975, 0.96)),
@@ -37,4 +39,4 @@ def method(name: str, **options: object) -> Plan:
     return found.make(**options)
 
 
-__all__ = ["KVPrecision", "LightVLM", "Random", "ZipVL", "ZipVLPrefill", "method", "method_names"]
+__all__ = ["KVPrecision", "LightKV", "LightVLM", "Random", "ZipVL", "ZipVLPrefill", "method", "method_names"]

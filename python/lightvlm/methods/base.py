@@ -326,6 +326,13 @@ def pyramid_stages(
     return tuple(Stage(layer, fraction) for layer, fraction in zip(at, fractions, strict=True))
 
 
+def kept_slots(stages: Sequence[Stage], layers: int) -> float:
+    """Share of an image's places (tokens times layers) that is left in a decoder: LightKV's eq. 9."""
+    borders = [*(stage.layer for stage in stages), layers]
+    shares = (stage.keep * (end - stage.layer) for stage, end in zip(stages, borders[1:], strict=True))
+    return (borders[0] + sum(shares)) / layers
+
+
 def check_keep(keep: float) -> None:
     """Raise unless keep is a number in (0, 1]."""
     if isinstance(keep, bool) or not isinstance(keep, int | float):

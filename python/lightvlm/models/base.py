@@ -7,10 +7,14 @@ imports transformers: classes are recognised by name, so that importing lightvlm
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..layout import Grid
 
 
 def attention_kinds(config: Any) -> set[str]:
@@ -76,6 +80,19 @@ class Adapter:
     def pixel_sizes(self, inputs: dict[str, Any]) -> list[int] | None:
         """:meth:`image_sizes` of a call that brings pixels."""
         return None
+
+    def image_grids(self, inputs: dict[str, Any], sizes: list[int] | None) -> list[Grid | None] | None:
+        """(frames, height, width) of each image in tokens, in the order of ``sizes``; None where it is not known."""
+        if sizes is None:
+            return None
+        sides = [math.isqrt(size) for size in sizes]
+        return [
+            (1, side, side) if side * side == size else None for side, size in zip(sides, sizes, strict=True)
+        ]
+
+    def rotary_tables(self, hidden: Tensor, positions: Tensor) -> Any:
+        """What the decoder's layers get as position_embeddings for tokens at positions (B, S) or (axes, B, S)."""
+        return self.decoder.rotary_emb(hidden, positions)
 
     def encoded(self, inputs: dict[str, Any]) -> list[Any]:
         """Outputs of the vision tower that came with the call."""
