@@ -408,8 +408,8 @@ class Run:
             return None
         hidden = args[0] if args else kwargs.pop("hidden_states")
         assert isinstance(hidden, Tensor)
-        at_stage = index in self._prefill.stages
-        with self._stats.own_work(self._device) if at_stage else contextlib.nullcontext():
+        own = index == 0 or index in self._prefill.stages
+        with self._stats.own_work(self._device) if own else contextlib.nullcontext():
             hidden = self._prefill.enter(index, hidden, kwargs)
         if self._trace and index in self._prefill.stages:
             self.kept[index] = self._prefill.kept()

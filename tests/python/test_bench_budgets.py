@@ -73,6 +73,20 @@ def test_keep_is_solved_for_the_target(target: float) -> None:
     assert found.cost.mean_keep == pytest.approx((1 + 4 * found.cost.final_keep) / 5)
 
 
+@pytest.mark.parametrize(("target", "low", "high"), [(0.85, 0.7, 1.0), (0.7, 0.0, 0.7)])
+def test_a_method_may_change_its_layers_with_the_knob(target: float, low: float, high: float) -> None:
+    """The share falls to 0.76, jumps up to 0.88 where the stage moves to a later layer, and falls again: of the two
+    values that leave 0.85 the higher one is taken, and 0.7 is found behind the jump."""
+
+    def make(keep: float) -> Plan:
+        return late(keep, layer=1 if keep > 0.7 else 3)
+
+    found = solve(make, target, PROMPTS)
+    assert found.problem == ""
+    assert found.value is not None
+    assert low < found.value < high
+
+
 def test_a_share_of_one_keeps_everything() -> None:
     found = solve(late, 1.0, PROMPTS)
     assert (found.value, found.reached, found.problem) == (1.0, 1.0, "")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Prompts:
     """
 
     def __init__(self, adapter: Adapter, rows: Iterable[Runs]) -> None:
+        self._adapter = adapter
         self._times = Counter(rows)
         self._weights = [linear_weights(layer) for layer in adapter.layers]
         self._width = attention_width(adapter)
@@ -52,12 +53,14 @@ class Prompts:
 
     @classmethod
     def of_batches(cls, adapter: Adapter, batches: Iterable[dict[str, Any]]) -> Prompts:
-        """Those of batches of inputs: input_ids (B, S) and attention_mask (B, S); a run of placeholders is an image."""
+        """Those of batches of inputs, as a run reads them: input_ids (B, S) and attention_mask (B, S), and images."""
         ids = torch.tensor(adapter.image_token_ids())
         rows: list[Runs] = []
         for inputs in batches:
-            valid = inputs["attention_mask"].cpu().bool()
-            layout = read_layout(torch.isin(inputs["input_ids"].cpu(), ids), valid, None)
+            is_image = torch.isin(inputs["input_ids"].cpu(), ids)
+            sizes = adapter.image_sizes(inputs)
+            grids = adapter.image_grids(inputs, sizes)
+            layout = read_layout(is_image, inputs["attention_mask"].cpu().bool(), sizes, grids)
             rows += [row.runs for row in layout.rows]
         return cls(adapter, rows)
 
@@ -78,7 +81,7 @@ class Prompts:
         Raises:
             ValueError: stages that do not fit the decoder.
         """
-        levels = rows_at_layers(part, self._layout, len(self._weights))
+        levels = rows_at_layers(part, self._layout, self._adapter)
         images = [self._images(rows) for rows in levels]
         all_images = self._images(self._layout.rows)
         return Cost(
@@ -120,16 +123,18 @@ class Prompts:
         )
 
 
-def rows_at_layers(part: PrefillPart, layout: BatchLayout, layers: int) -> list[tuple[RowLayout, ...]]:
+def rows_at_layers(part: PrefillPart, layout: BatchLayout, adapter: Adapter) -> list[tuple[RowLayout, ...]]:
     """The rows that each layer of a decoder computes, as a run plans them."""
-    prefill = Prefill(part, layout, layers, torch.device("cpu"))
-    return [prefill.tokens_at(layer).rows for layer in range(layers)]
+    prefill = Prefill(part, layout, adapter, torch.device("cpu"))
+    return [prefill.tokens_at(layer).rows for layer in range(len(adapter.layers))]
 
 
 def _layout(rows: Sequence[Runs]) -> BatchLayout:
     """A left-padded batch of such rows."""
-    length = max(sum(run.tokens for run in row) for row in rows)
-    return layout_of(torch.stack([_codes(row, length) for row in rows]))
+    tokens = [sum(run.tokens for run in row) for row in rows]
+    length = max(tokens)
+    padded = tuple(RowLayout(length - count, row) for count, row in zip(tokens, rows, strict=True))
+    return replace(layout_of(torch.stack([_codes(row, length) for row in rows])), rows=padded)
 
 
 def _codes(row: Runs, length: int) -> Tensor:
