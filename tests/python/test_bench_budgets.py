@@ -184,6 +184,15 @@ def test_a_wrong_option_is_an_error_and_no_target_out_of_reach() -> None:
         budgets.settings(args, {"strength": 7.0}, PROMPTS)
 
 
+def test_a_plan_that_the_model_refuses_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of 8 channels cannot be packed."""
+    found = budgets.settings(arguments("--method", "random", "--keep", "0.5"), {}, PROMPTS, bits=[4])
+    random, packed = budgets.accepted(found, MODEL)
+    assert random == found[0]
+    assert packed.plans == ()
+    assert packed.problem.startswith("refused: model has heads of 8 channels")
+
+
 def test_names() -> None:
     assert budgets.chosen(["random", "random"]) == ["random"]
     assert budgets.chosen(["random", "all"]) == sorted(METHODS)

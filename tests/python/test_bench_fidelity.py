@@ -8,7 +8,7 @@ from typing import Any
 
 import lightvlm
 import pytest
-from lightvlm import cli
+from lightvlm import bench, cli
 from lightvlm.bench import budgets, decoder, fidelity, fidelity_questions, levels
 from lightvlm.bench.prompts import Prompts
 from lightvlm.kl import Divergence
@@ -18,6 +18,7 @@ from lightvlm.methods.base import KEEPS, Method
 from lightvlm.methods.kv_precision import KVPrecision
 from lightvlm.methods.zipvl import ZipVLPrefill
 from lightvlm.models import find_adapter
+from python.test_fidelity_results import tower
 from python.tiny import LLAVA
 
 PROMPTS = Prompts(find_adapter(LLAVA.build()), [(Run(None, 2), Run(0, 200), Run(None, 7))])
@@ -188,3 +189,44 @@ def test_the_decoder_takes_other_knobs_too() -> None:
     found = [(row["method"], row.get("keep"), row.get("tau")) for row in rows if "flop_ceiling" in row]
     assert found == [*(("lightvlm", keep, None) for keep in (0.35, 0.15, 0.03)), ("zipvl", None, 0.5)]
     assert rows[-1]["case"] == rows[0]["case"] + ", tau 0.5"
+
+
+def test_the_decoder_takes_every_budget_and_says_what_methods_cost(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parser = argparse.ArgumentParser()
+    decoder.add_arguments(parser)
+    words = ["--geometry", "tiny", "--image-tokens", "600", "--rounds", "2", "--dtype", "float32"]
+    words += ["--method", "lightvlm", "random", "--flops", "0.6", "0.1", "--option", "merge=drop"]
+    result = decoder.run(parser.parse_args(words))
+    rows = result["rows"]
+    found = [(row["method"], row["target"], "skipped" in row) for row in rows if "budget" in row]
+    assert found == [
+        (name, target, target == 0.1) for name in ("lightvlm", "random") for target in (0.6, 0.1)
+    ]
+    for row in rows:
+        if "overhead" in row:
+            assert row["flops_share"] == pytest.approx(row["reached"]) == pytest.approx(0.6, abs=0.002)
+            assert row["overhead"] == row["own_seconds"] / row["baseline_seconds"] > 0
+            assert row["overhead_listed"] is (row["overhead"] > 0.03)
+            assert sum(row["op_seconds"].values()) < row["seconds"]
+    result["kind"] = "decoder"
+    bench.show(result)
+    text = capsys.readouterr().out
+    assert "flops 0.6" in text
+    assert "at least" in text
+
+
+def test_a_method_that_reads_the_tower_has_pixels_and_a_baseline_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(METHODS, "tower", Method("tower", tower, "a test"))
+    parser = argparse.ArgumentParser()
+    decoder.add_arguments(parser)
+    words = ["--geometry", "tiny", "--image-tokens", "100", "--rounds", "1", "--dtype", "float32"]
+    rows = decoder.run(parser.parse_args([*words, "--method", "tower", "random", "--keep", "0.5"]))["rows"]
+    by_name = {row["method"]: row for row in rows}
+    assert len(rows) == 6
+    assert by_name["tower"]["baseline"].endswith(", with the tower")
+    assert not by_name["random"]["baseline"].endswith(", with the tower")
+    assert by_name["tower"]["flops_share"] == by_name["random"]["flops_share"] < 1

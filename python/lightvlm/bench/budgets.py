@@ -19,6 +19,7 @@ from ..methods import METHODS, method_names
 from ..methods.base import AttentionPart, Method, PrefillPart
 from ..methods.kv_precision import KVPrecision
 from ..plan import Plan
+from ..runtime import attach
 from . import levels
 from .equal_flops import solve
 from .prompts import Cost, Prompts
@@ -145,6 +146,20 @@ def settings(
         plan = Plan(precision=KVPrecision(bits=value, **fitting[PRECISION]))
         found.append(Setting(PRECISION, "precision", "bits", value, "bits", value, (plan,), reached=value))
     return found
+
+
+def accepted(settings: Sequence[Setting], model: Any) -> list[Setting]:
+    """The same, but a plan that cannot be attached to the model is listed with the reason instead of being run."""
+    return [_accepted(one, model) for one in settings]
+
+
+def _accepted(one: Setting, model: Any) -> Setting:
+    try:
+        for plan in one.plans:
+            attach(model, plan).detach()
+    except ValueError as error:
+        return dataclasses.replace(one, plans=(), problem=f"refused: {error}")
+    return one
 
 
 def _levels(

@@ -120,6 +120,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     asked.prepare(model, processor, args.batch)
     prompts = Prompts.of_batches(find_adapter(model), [inputs for _, _, inputs in asked.batches])
     settings = budgets.settings(args, options, prompts, bits=args.bits, seeds=args.random_seeds)
+    settings = budgets.accepted(settings, model)
     sides = smaller_image.sides(args.smaller_image, args.flops, prompts)
     case = f"reference VLM, {args.questions} {args.split} questions, {args.dtype}"
 
