@@ -87,7 +87,7 @@ def test_equal_flops(result: dict[str, Any]) -> None:
 
 def test_costs_of_a_row(result: dict[str, Any]) -> None:
     ours = row(result, "lightvlm", target=0.5)
-    assert ours["overhead"] == ours["own_seconds"] / ours["baseline_prefill_seconds"] > 0
+    assert 0 < ours["overhead"] < ours["prefill_share"]
     assert ours["overhead_listed"] is (ours["overhead"] > 0.03)
     assert 0 < ours["own_seconds"] < ours["prefill_seconds"]
     assert ours["kv_share"] == ours["kv_bytes_used"] / ours["kv_bytes_full"] < 1
@@ -99,7 +99,9 @@ def test_costs_of_a_row(result: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("own", "listed"), [(0.02, False), (0.03, False), (0.031, True)])
 def test_overhead_above_three_percent_is_listed(own: float, listed: bool) -> None:
-    assert fidelity_rows.overhead_of(own, 1.0) == {"overhead": own, "overhead_listed": listed}
+    """Of the middle one of the batches, which are not alike in size."""
+    found = fidelity_rows.overhead_of([0.0, own, 9.0], [1.0, 1.0, 2.0])
+    assert found == {"overhead": own, "overhead_listed": listed}
 
 
 def test_the_tower_runs_where_a_method_reads_it(result: dict[str, Any]) -> None:

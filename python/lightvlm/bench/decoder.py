@@ -222,13 +222,14 @@ def _row(
     seconds, baseline_seconds = statistics.median(runs), statistics.median(before)
     # rounds are paired: each ran baseline and method one after the other
     ratio = statistics.median(b / m for b, m in zip(before, runs, strict=True))
-    own = statistics.median(each.own_seconds for each in reports[-len(runs) :])  # not of the warm-up
+    own = [each.own_seconds for each in reports[-len(runs) :]]  # without the warm-up
     also = "" if one.knob == "keep" else f", {one.knob} {one.value:g}"
     row = {**fidelity_rows.about(case + also, one), "baseline": baseline, "seconds": seconds,
            "baseline_seconds": baseline_seconds, "ratio": ratio, "flop_ceiling": ceiling,
            "share_of_ceiling": ratio / ceiling, "flops_share": report.flops_share, "op_seconds": report.op_seconds,
-           "op_share_of_baseline": sum(report.op_seconds.values()) / baseline_seconds, "own_seconds": own,
-           **fidelity_rows.overhead_of(own, baseline_seconds), "tokens_per_layer": report.tokens_per_layer,
+           "op_share_of_baseline": sum(report.op_seconds.values()) / baseline_seconds,
+           "own_seconds": statistics.median(own), **fidelity_rows.overhead_of(own, before),
+           "tokens_per_layer": report.tokens_per_layer,
            "kv_bytes_used": report.kv_bytes_used, "kv_bytes_full": report.kv_bytes_full,
            "stepped_aside": report.stepped_aside, "runs": runs}  # fmt: skip
     return row

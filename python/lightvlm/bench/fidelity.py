@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +127,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
     asked.warm_up(model)
     full = asked.ask(model, processor, None)
-    rows = [fidelity_rows.without_plan(case, "full", full, full, asked, model.config.image_seq_length)]
+    tokens = model.config.image_seq_length
+    rows = [fidelity_rows.without_plan(case, "full", full, full, asked, tokens, full.prefill)]
     rows += _of_settings(case, settings, asked, model, processor, full)
     for side, budget, target in tqdm(sides, desc="smaller images", file=sys.stderr):
         rows.append(smaller_image.measure(case, side, budget, target, asked, full, prompts, model, processor))
@@ -156,10 +158,10 @@ def _of_settings(
             rows.append(fidelity_rows.about(case, setting))
             continue
         # right before, so that a machine with other work to do disturbs both alike
-        baseline = asked.full_prefill_seconds(model, needs_pixels(setting.plans[0]))
+        baseline = asked.full_prefill(model, needs_pixels(setting.plans[0]))
         runs = [asked.ask(model, processor, plan) for plan in setting.plans]
         mean = np.mean([one.scores for one in runs], axis=0)
         seconds = sum(one.seconds for one in runs) / len(runs)
-        result = Result(mean, seconds, runs[-1].prefill_seconds, runs[-1].report)
+        result = replace(runs[-1], scores=mean, seconds=seconds)
         rows.append(fidelity_rows.measured(case, setting, result, full, asked, baseline))
     return rows

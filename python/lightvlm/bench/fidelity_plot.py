@@ -12,9 +12,10 @@ from .fidelity_rows import Row
 
 # Okabe and Ito's colours, without the yellow, which is faint on white
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_MARKERS = ("o", "s", "^", "D", "v", "P")  # one fewer than colours, so that pairs of the two differ for long
 _LINES = ("-", "--", ":")
 _LABEL_HEIGHT = 0.042  # of a panel
+_DODGE = 0.003  # of a panel's range, between two lines
 _PANELS = {
     "flops_share": (
         "decoder prefill FLOPs, share of the full model's",
@@ -98,10 +99,13 @@ def _panel(axis: Any, found: Sequence[Line], label: str) -> None:
     span = max(1.0 - smallest, 0.1)
     axis.axhline(1.0, color="0.6", linewidth=0.8, zorder=0)
     axis.plot([1.0], [1.0], marker="*", markersize=11, color="0.3", clip_on=False)
+    # or intervals at equal budgets hide each other
+    aside = [_DODGE * span * (number - (len(found) - 1) / 2) for number in range(len(found))]
     for number, line in enumerate(found):
         axis.errorbar(
-            line.shares, line.retained, yerr=[line.below, line.above], color=_colour(number),
-            marker=_MARKERS[number % len(_MARKERS)], linestyle=_LINES[number // len(_COLOURS) % len(_LINES)],
+            [share - aside[number] for share in line.shares], line.retained, yerr=[line.below, line.above],
+            color=_colour(number), marker=_MARKERS[number % len(_MARKERS)],
+            linestyle=_LINES[number // len(_COLOURS) % len(_LINES)],
             markersize=4.5, linewidth=1.3, elinewidth=0.7, capsize=2, alpha=0.9,
         )  # fmt: skip
     axis.set_xlim(1.0 + 0.03 * span, smallest - 0.42 * span)
@@ -110,7 +114,7 @@ def _panel(axis: Any, found: Sequence[Line], label: str) -> None:
     spots = _apart([(line.retained[-1] - low) / (high - low) for line in found])
     for number, (line, spot) in enumerate(zip(found, spots, strict=True)):
         axis.annotate(
-            line.name, xy=(line.shares[-1], line.retained[-1]),
+            line.name, xy=(line.shares[-1] - aside[number], line.retained[-1]),
             xytext=(smallest - 0.08 * span, low + spot * (high - low)), color=_colour(number), fontsize=8.5,
             va="center", arrowprops={"arrowstyle": "-", "color": _colour(number), "linewidth": 0.4, "alpha": 0.6},
         )  # fmt: skip

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,14 @@ _LONGEST = 12  # tokens of an answer
 class Result:
     """Scores (scenes, kinds) of a plan and what it cost.
 
-    seconds: of all answers.   prefill_seconds: of the model's call with each prompt.
+    seconds: of all answers.   prefill: of the model's call with the prompts of each batch.   own: of the
+    plan's own work in them.   report: of all.
     """
 
     scores: NDArray[np.float64]
     seconds: float
-    prefill_seconds: float
+    prefill: list[float]
+    own: list[float] = field(default_factory=list)
     report: Report | None = None
 
 
@@ -61,9 +63,9 @@ class PromptClock:
         self._expected = True
 
     @property
-    def seconds(self) -> float:
-        """Of all prompts; waits for the device."""
-        return sum(seconds() for seconds in self._times)
+    def seconds(self) -> list[float]:
+        """Of each call; waits for the device."""
+        return [seconds() for seconds in self._times]
 
     def _before(self, module: Any, args: Any) -> None:
         if self._expected:
@@ -183,6 +185,7 @@ class Questions:
         from ..reference_vlm.questions import score
 
         scores = np.zeros((len(self.scenes), len(self.kinds)))
+        own = [0.0]
         start = time.perf_counter()
         with (
             contextlib.nullcontext() if plan is None else attach(model, plan) as run,
@@ -197,8 +200,11 @@ class Questions:
                 )
                 right = [score(q, text) for q, text in zip(self.questions[kind][part], texts, strict=True)]
                 scores[part, self.kinds.index(kind)] = right
+                if run is not None:
+                    own.append(run.report().own_seconds)
         seconds = time.perf_counter() - start
-        return Result(scores, seconds, clock.seconds, None if run is None else run.report())
+        each = [after - before for before, after in itertools.pairwise(own)]
+        return Result(scores, seconds, clock.seconds, each, None if run is None else run.report())
 
     @torch.no_grad()
     def warm_up(self, model: Any) -> None:
@@ -206,8 +212,9 @@ class Questions:
         model.generate(**self.inputs(0, False), do_sample=False, max_new_tokens=1)
 
     @torch.no_grad()
-    def full_prefill_seconds(self, model: Any, pixels: bool) -> float:
-        """Of the model's calls with each prompt, nothing attached; ``pixels``: pictures are not encoded beforehand."""
+    def full_prefill(self, model: Any, pixels: bool) -> list[float]:
+        """Seconds of the model's call with the prompts of each batch, nothing attached; ``pixels``: pictures are not
+        encoded beforehand."""
         with PromptClock(model) as clock:
             for at in range(len(self.batches)):
                 clock.expect()

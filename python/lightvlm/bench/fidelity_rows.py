@@ -39,19 +39,37 @@ def difference(scores: NDArray[np.float64], others: NDArray[np.float64]) -> dict
     return {"mean": float(drop.mean()), "low": low, "high": high}
 
 
-def overhead_of(own_seconds: float, baseline_seconds: float) -> Row:
-    """A method's own work over the full model's prefill, and whether that is to be pointed out."""
-    share = own_seconds / baseline_seconds
+def overhead_of(own: Sequence[float], baseline: Sequence[float]) -> Row:
+    """A method's own work over the full model's prefill, and whether that is to be pointed out.
+
+    own, baseline: seconds of each batch, or round. The median of their ratios: what else the machine does at times
+    is no work of the method's.
+    """
+    share = median_ratio(own, baseline)
     return {"overhead": share, "overhead_listed": share > OVERHEAD_LISTED}
 
 
+def median_ratio(some: Sequence[float], others: Sequence[float]) -> float:
+    """Median of the ratios of pairs."""
+    return statistics.median(one / other for one, other in zip(some, others, strict=True))
+
+
+def prefill_times(prefill: Sequence[float], baseline: Sequence[float]) -> Row:
+    """Seconds of all prompts, with a plan and without, and the median ratio of the batches."""
+    return {
+        "prefill_seconds": sum(prefill),
+        "baseline_prefill_seconds": sum(baseline),
+        "prefill_share": median_ratio(prefill, baseline),
+    }
+
+
 def measured(
-    case: str, setting: Setting, result: Result, full: Result, asked: Questions, baseline_seconds: float
+    case: str, setting: Setting, result: Result, full: Result, asked: Questions, baseline: Sequence[float]
 ) -> Row:
-    """The row of a setting that was run.   baseline_seconds: the full model's prefill of the same prompts."""
+    """The row of a setting that was run.   baseline: seconds of the full model's prefill, batch by batch."""
     row: Row = {**about(case, setting), **_scored(result.scores, full.scores, asked.kinds)}
     row["wall_seconds"] = result.seconds
-    row["prefill_seconds"], row["baseline_prefill_seconds"] = result.prefill_seconds, baseline_seconds
+    row |= prefill_times(result.prefill, baseline)
     report = result.report
     assert report is not None
     row["flops_share"] = report.flops_share
@@ -65,14 +83,20 @@ def measured(
         row["attending_share"] = statistics.mean(report.attending_share)
         row["attention_flops_share"] = report.attention_flops_share
     row["own_seconds"] = report.own_seconds
-    row |= overhead_of(report.own_seconds, baseline_seconds)
+    row |= overhead_of(result.own, baseline)
     row["op_calls"] = report.op_calls
     row["stepped_aside"] = report.stepped_aside
     return row
 
 
 def without_plan(
-    case: str, method: str, result: Result, full: Result, asked: Questions, image_tokens: float
+    case: str,
+    method: str,
+    result: Result,
+    full: Result,
+    asked: Questions,
+    image_tokens: float,
+    baseline: Sequence[float],
 ) -> Row:
     """The row of the model with nothing attached, which computes so many image tokens in all layers."""
     return {
@@ -83,8 +107,7 @@ def without_plan(
         "keep": 1.0,
         **_scored(result.scores, full.scores, asked.kinds),
         "wall_seconds": result.seconds,
-        "prefill_seconds": result.prefill_seconds,
-        "baseline_prefill_seconds": full.prefill_seconds,
+        **prefill_times(result.prefill, baseline),
         "flops_share": 1.0,
         "image_keep_share": 1.0,
         "kv_share": 1.0,

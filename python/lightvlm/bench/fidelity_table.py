@@ -89,7 +89,7 @@ def _line(row: Row, compared: Sequence[str], show_budget: bool) -> list[str]:
         f"{row['final_image_tokens']:.0f}/{row['image_tokens']:.0f}",
         _percent(row["flops_share"]),
         _percent(row["kv_share"]),
-        _percent(row["prefill_seconds"] / row["baseline_prefill_seconds"]),
+        _percent(row["prefill_share"]),
         _percent(row["overhead"]) if "overhead" in row else "",
         "".join(sign for name, (sign, _) in _MARKS.items() if row.get(name)),
     ]

@@ -73,10 +73,9 @@ def measure(
     processor: Any,
 ) -> Row:
     """The row of a smaller picture."""
-    baseline = asked.full_prefill_seconds(model, False)
+    baseline = asked.full_prefill(model, False)
     result = smaller(asked, model, processor, side).ask(model, processor, None)
-    row = without_plan(case, NAME, result, full, asked, side * side)
-    row["baseline_prefill_seconds"] = baseline
+    row = without_plan(case, NAME, result, full, asked, side * side, baseline)
     share = prompts.share_of(side * side)
     keep = side * side / model.config.image_seq_length
     row |= {"budget": budget, "target": target, "side": side, "flops_share": share}
