@@ -144,6 +144,7 @@ def test_levels() -> None:
     assert found(["lightvlm"], None, []) == [("lightvlm", keep) for keep in KEEPS]
     assert found(["lightvlm"], None, [], default=(0.2,)) == [("lightvlm", 0.2)]
     assert found(["lightvlm", "zipvl"], [0.5], ["tau=0.9"]) == [("lightvlm", 0.5), ("zipvl", 0.9)]
+    assert [type(value) for _, value in found(["zipvl"], None, ["tau=1,0.5"])] == [int, float]
     assert found(["lightvlm"], [0.5], ["keep=0.1,0.2"]) == [("lightvlm", 0.1), ("lightvlm", 0.2)]
 
 

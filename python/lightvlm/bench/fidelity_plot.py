@@ -118,7 +118,7 @@ def _panel(axis: Any, found: Sequence[Line], label: str) -> None:
             xytext=(smallest - 0.08 * span, low + spot * (high - low)), color=_colour(number), fontsize=8.5,
             va="center", arrowprops={"arrowstyle": "-", "color": _colour(number), "linewidth": 0.4, "alpha": 0.6},
         )  # fmt: skip
-    axis.set_xlabel(f"{label} (less to the right)")
+    axis.set_xlabel(f"{label} (less to the right; lines are drawn slightly apart)")
     axis.set_ylabel("accuracy retained, 95 % interval")
     axis.grid(alpha=0.25, linewidth=0.5)
     axis.spines[["top", "right"]].set_visible(False)
