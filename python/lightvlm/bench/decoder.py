@@ -82,6 +82,7 @@ def build_model(
     config = Qwen2_5_VLConfig(
         vision_config={
             "depth": tower_layers, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": width,
+            "fullatt_block_indexes": list(range(tower_layers)),
         },
         text_config={
             "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers or depth,
