@@ -58,6 +58,23 @@ def original_function(module: nn.Module, original: str) -> Any:
     return ALL_ATTENTION_FUNCTIONS[original]
 
 
+def under_its_name(call: Any, config: Any) -> Any:
+    """``call``, an attention function, with ``config`` in the place of the module's.
+
+    transformers' flash attention looks up in the module's configuration which package it shall use, by the
+    implementation's name, and ours is the name of none.
+    """
+
+    def wrapped(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        own, module.config = module.config, config
+        try:
+            return call(module, *args, **kwargs)
+        finally:
+            module.config = own
+
+    return wrapped
+
+
 def causal_rows(
     call: Any,
     eager: bool,

@@ -41,19 +41,30 @@ class Call:
     """One call of an attached model whose tokens go into a transcript.
 
     ids: the call's input_ids, or None.   images: whether it brings image features.
+    layout: of the call's own tokens, or None where nobody has asked for it.
     anew: layout of the whole conversation, where the call has it read anew; None: its tokens alone are computed.
     """
 
     transcript: Transcript
     ids: Tensor | None
     images: bool
+    layout: BatchLayout | None = None
     anew: BatchLayout | None = None
     new: int = 0
 
     def enter(
-        self, run: Run, cache: CompactCache, decoder: nn.Module, args: Any, kwargs: dict[str, Any]
+        self,
+        run: Run,
+        cache: CompactCache,
+        decoder: nn.Module,
+        args: Any,
+        kwargs: dict[str, Any],
+        seen: Tensor | str | None,
     ) -> Any:
-        """At the decoder: note the new tokens, and where the conversation is read anew put it in their place."""
+        """At the decoder: note the new tokens, and where the conversation is read anew put it in their place.
+
+        ``seen`` (B, S, 1 + Ct): what the vision tower showed of them (``tower.py``), where it did.
+        """
         if args:
             kwargs = inspect.signature(decoder.forward).bind(*args, **kwargs).arguments
             kwargs.update(kwargs.pop("kwargs", {}))
@@ -63,7 +74,8 @@ class Call:
         other = next((name for name in kwargs if name not in _KNOWN and _has_tensors(kwargs[name])), None)
         if other is not None and self.transcript.obstacle is None:
             self.transcript.obstacle = f"the decoder was given {other}, which cannot be given again"
-        self.transcript.add(self.ids, embeds, positions, self.images)
+        shown = seen if isinstance(seen, Tensor) else None
+        self.transcript.add(self.ids, embeds, positions, self.images, shown)
         if self.anew is None:
             return None
         self.new = embeds.shape[1]
@@ -133,7 +145,7 @@ def start(
         cache.transcript = said = Transcript(run.plan.keep_for_later)
         said.begin_call(inputs, one_logit)
         said.add_kinds(layout.codes, [row.grids for row in layout.rows])
-        run._call = Call(said, inputs.get("input_ids"), run._adapter.has_pixels(inputs))
+        run._call = Call(said, inputs.get("input_ids"), run._adapter.has_pixels(inputs), layout)
 
 
 def resume(run: Run, cache: CompactCache, inputs: dict[str, Any], drafts: int, one_logit: bool) -> bool:
@@ -154,7 +166,7 @@ def resume(run: Run, cache: CompactCache, inputs: dict[str, Any], drafts: int, o
     kinds: BatchLayout | None = None
     if said.obstacle is None and (images or turn):
         try:
-            kinds = _kinds(run, inputs, tokens, images)
+            kinds = run._call.layout = _kinds(run, inputs, tokens, images)
         except LayoutError as error:
             said.obstacle = f"the conversation cannot be read anew: {error}"
     if not turn:

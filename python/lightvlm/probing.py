@@ -26,7 +26,7 @@ def probe_positions(level: Level, probe: Probe, drafts: int) -> list[list[int]]:
 
 def _positions(row: RowLayout, start: int, probe: Probe, drafts: int) -> list[int]:
     """Text after an image, at most so many, else the last token; or all tokens."""
-    end = _end(row, drafts)
+    end = question_tokens(row, drafts)
     if probe.rows == "all":
         return [start + position for position in range(end)]
     positions = row.text_positions_after_image() if probe.rows == "text" else []
@@ -34,7 +34,7 @@ def _positions(row: RowLayout, start: int, probe: Probe, drafts: int) -> list[in
     return [start + position for position in positions or [end - 1]]
 
 
-def _end(row: RowLayout, drafts: int) -> int:
+def question_tokens(row: RowLayout, drafts: int) -> int:
     """Tokens of a row that belong to the question."""
     return row.tokens - (drafts if drafts <= row.trailing_text else 0)
 
@@ -81,7 +81,7 @@ def spread(
     lens = None
     if probe.keys == "text":
         places = [
-            [start + at for at in row.text_positions() if at < _end(row, drafts)]
+            [start + at for at in row.text_positions() if at < question_tokens(row, drafts)]
             for row, start in zip(level.rows, level.starts, strict=True)
         ]
         width = max(1, *map(len, places))

@@ -8,6 +8,7 @@ states, rotary tables and positions together. ``detach`` restores the model bit 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import weakref
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,7 @@ from .session import Prefill, text_places
 from .sparse_attention import SparsePrefill
 from .statistics import Statistics, Timer
 from .stored_attention import attend_stored, reads_quickly
+from .tower import Tower
 
 if TYPE_CHECKING:
     from .cache import CompactCache
@@ -125,8 +127,11 @@ class Run:
         self._observer: AbstractContextManager[object] | None = None
         part, depth = plan.prefill, len(adapter.layers)
         self._reduces = isinstance(part, PrefillPart) and bool(part.stages(depth))
+        probe = part.tower if self._reduces and isinstance(part, PrefillPart) else None
+        self._tower = None if probe is None else Tower(adapter, probe)
         config = adapter.decoder.config
         self._original: str = config._attn_implementation
+        self._named = copy.copy(config)  # says the original's name while ours is set
         self._name = attention_hook.register(self._original)
         self._divergence: Divergence | None = None
         self._put_on()
@@ -145,6 +150,8 @@ class Run:
         for attention in adapter.attentions:
             attention.__dict__["_lightvlm_run"] = self  # not a submodule, not a parameter
         adapter.decoder.config._attn_implementation = self._name
+        if self._tower is not None:
+            self._tower.put_on()
 
     # -- handle
     # ------------------------------------------------------------------------------------------------
@@ -167,6 +174,8 @@ class Run:
         for attention in self._adapter.attentions:
             del attention._lightvlm_run
         self._adapter.decoder.config._attn_implementation = self._original
+        if self._tower is not None:
+            self._tower.take_off()
 
     @property
     def attached(self) -> bool:
@@ -241,6 +250,8 @@ class Run:
             raise RuntimeError(
                 f"the model's attention was set to {current!r} while a run is attached; detach the run first"
             )
+        if self._tower is not None:
+            self._tower.begin_call(self._adapter.encoded(inputs))
         self._timer = Timer(next(module.parameters()).device)
         cache = inputs.get("past_key_values")
         said = getattr(cache, "transcript", None)
@@ -386,8 +397,19 @@ class Run:
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         changed = None
+        seen = self._see(self._call.layout if self._call is not None else self._layout)
         if self._call is not None and self._cache is not None:
-            changed = self._call.enter(self, self._cache, module, args, kwargs)
+            changed = self._call.enter(self, self._cache, module, args, kwargs, seen)
+            if self._call.anew is not None and self._prefill is not None and self._tower is not None:
+                seen = self._call.transcript.seen(self._device)
+        if self._tower is not None and self._prefill is not None:
+            if isinstance(seen, Tensor):
+                self._prefill.give_tower(seen[..., 0], seen[..., 1:] if seen.shape[-1] > 1 else None)
+            else:
+                self._stats.step_aside(
+                    seen or "earlier images were read without the vision tower's attention"
+                )
+                self._prefill = None
         shifts = self._cache.position_shifts if self._cache is not None else []
         if self._prefill is not None or shifts:
             positions = decoder_positions(module, *(changed if changed is not None else (args, kwargs)))
@@ -396,6 +418,12 @@ class Run:
             elif positions is not None:
                 self._shifted = ShiftedTables(self._adapter, shifts, positions)
         return changed
+
+    def _see(self, layout: BatchLayout | None) -> Tensor | str | None:
+        """What the tower showed of the call's own images, or why nothing; None where it brings none, or nobody asks."""
+        if self._tower is None or layout is None or not layout.has_images:
+            return None
+        return self._tower.read(layout, self._device)
 
     def _before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._shifted is not None:
@@ -424,6 +452,8 @@ class Run:
         scale = kwargs.get("scaling")
         layer = self._cache.layers[index] if self._cache is not None else None
         call = attention_hook.original_function(module, self._original)
+        if "flash" in self._original:
+            call = attention_hook.under_its_name(call, self._named)
         weights = None
         if self._prompt:
             level = self._prefill.level if self._prefill is not None else None
@@ -507,6 +537,8 @@ class Run:
         self._prefill = self._sparse = self._layout = self._cache = self._call = self._shifted = None
         self._text = None
         self._prompt, self._own, self._unsure = False, False, 0
+        if self._tower is not None:
+            self._tower.end_call()
         observer, self._observer = self._observer, None
         if observer is not None:
             with contextlib.suppress(ValueError):  # an interrupted call may have run in another context

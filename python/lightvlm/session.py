@@ -19,7 +19,15 @@ from .host import upload
 from .layout import FIRST_IMAGE, TEXT, BatchLayout, RowLayout
 from .methods.base import Picture, PrefillPart, Probe, Stage, StageInput
 from .models.base import Adapter
-from .probing import coming_keys, coming_queries, gather_rows, probe_positions, scale_of, spread
+from .probing import (
+    coming_keys,
+    coming_queries,
+    gather_rows,
+    probe_positions,
+    question_tokens,
+    scale_of,
+    spread,
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,7 @@ class Prefill:
         self._inputs: dict[str, Any] = {}
         self._scores: Tensor | None = None
         self._keys: Tensor | None = None
+        self._tower: list[Tensor] = []
 
     @property
     def reduced(self) -> bool:
@@ -146,6 +155,10 @@ class Prefill:
         """At the decoder: positions (B, S) or (axes, B, S) of the tokens, as the rotary embedding gets them."""
         furthest = positions.amax(-1) + 1
         self._next = furthest[-3:].amax(0) if positions.dim() == 3 else furthest
+
+    def give_tower(self, scores: Tensor, keys: Tensor | None) -> None:
+        """At the decoder: scores (B, S) and keys (B, S, Ct) of the vision tower, 0 for text."""
+        self._tower = [scores] if keys is None else [scores, keys]
 
     def scores_at(self, layer: int) -> bool:
         """Whether the attention of this layer must be shown: a stage that wants it comes right after it."""
@@ -232,6 +245,7 @@ class Prefill:
         keep = upload([kept + [0] * (images - len(kept)) for kept in stage.keep], hidden.device)
         if self.part.counts_sizes and self._sizes is None:
             self._sizes = torch.ones(hidden.shape[:2], device=hidden.device)
+        text = self._codes == TEXT
         reduced = self.part.reduce(
             StageInput(
                 stage=stage.stage,
@@ -239,11 +253,14 @@ class Prefill:
                 scores=self._scores,
                 segment=self._segment(),
                 within=self._within,
-                text=self._codes == TEXT,
+                text=text,
+                question=self._question(text),
                 keep=keep,
                 capacity=stage.after.length,
                 pictures=stage.pictures,
                 keys=self._keys,
+                tower_scores=self._tower[0] if self._tower else None,
+                tower_keys=self._tower[1] if len(self._tower) > 1 else None,
                 sizes=self._sizes,
             )
         )
@@ -255,6 +272,14 @@ class Prefill:
             self._renumber(stage, reduced.hidden)
         return reduced.hidden
 
+    def _question(self, text: Tensor) -> Tensor:
+        """Text (B, M) without drafts, by the rule of the probe rows (:func:`question_tokens`)."""
+        if self.drafts == 0:
+            return text
+        rows = zip(self.level.rows, self.level.starts, strict=True)
+        ends = upload([start + question_tokens(row, self.drafts) for row, start in rows], text.device)
+        return text & (torch.arange(text.shape[1], device=text.device) < ends[:, None])
+
     def _cut(self, before: dict[str, Any], index: Tensor, count: Tensor, batch: int) -> None:
         """Cut everything that runs along the tokens to the kept ones, in one launch."""
         cos, sin = before["position_embeddings"]
@@ -264,8 +289,10 @@ class Prefill:
             streams.append(_tokens_second(position_ids[..., None], batch))
         if self._raters is not None:
             streams.append(self._raters.int())
+        streams += self._tower
         cut = ops.gather_tokens(streams, index, count, align="right")
         self._codes, self._within = cut[2], cut[3]
+        self._tower = [cut.pop() for _ in self._tower][::-1]
         if self._raters is not None:
             self._raters = cut.pop().bool()
         self._inputs = {

@@ -28,6 +28,9 @@ class _Held:
     """Embeddings of consecutive tokens: ``states`` (B0, T, C), in int8 with a ``scale`` (B0, T, 1) fp32 a token, or as
     they were; never written again, so that copies of a cache share them.
 
+    ``images``: whether image features are among them.   ``seen`` (B0, T, 1 + Ct) fp32: what the vision tower showed of
+    those, exactly in any case; None where nobody asked, or it did not.
+
     ``rows`` (B,): the row of ``states`` that each row of the batch has, on the device; None: its own. Beams change
     places at every token, which must not move what is on the host.
     """
@@ -37,14 +40,18 @@ class _Held:
     states: Tensor
     scale: Tensor | None
     rows: Tensor | None = None
+    images: bool = False
+    seen: Tensor | None = None
 
     @classmethod
-    def of(cls, start: int, embeds: Tensor, keep: KeepForLater) -> _Held:
+    def of(cls, start: int, embeds: Tensor, keep: KeepForLater, images: bool, seen: Tensor | None) -> _Held:
         if keep == "offload":
-            return cls(start, embeds.shape[1], download(embeds), None)
+            shown = None if seen is None else download(seen)
+            return cls(start, embeds.shape[1], download(embeds), None, images=images, seen=shown)
         exact = embeds.float()
         scale = exact.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        return cls(start, embeds.shape[1], (exact / scale).round().to(torch.int8), scale)
+        states = (exact / scale).round().to(torch.int8)
+        return cls(start, embeds.shape[1], states, scale, images=images, seen=seen)
 
     def embeds(self, like: Tensor) -> Tensor:
         # whole, then cut: a part of a pinned buffer would be copied by the host, before it is there
@@ -53,9 +60,15 @@ class _Held:
             states = (states.float() * self.scale[:, : self.tokens]).to(like.dtype)
         return states if self.rows is None else states.index_select(0, self.rows)
 
+    def shown(self, device: torch.device) -> Tensor:
+        """``seen`` (B, tokens, 1 + Ct) on a device."""
+        assert self.seen is not None
+        seen = self.seen.to(device, non_blocking=True)[:, : self.tokens]
+        return seen if self.rows is None else seen.index_select(0, self.rows.to(device))
+
     @property
     def nbytes(self) -> int:
-        return self.states.nbytes + (self.scale.nbytes if self.scale is not None else 0)
+        return sum(x.nbytes for x in (self.states, self.scale, self.seen) if x is not None)
 
 
 class Transcript:
@@ -106,10 +119,18 @@ class Transcript:
 
     # -- what was said
 
-    def add(self, ids: Tensor | None, embeds: Tensor, positions: Tensor | None, images: bool) -> None:
+    def add(
+        self,
+        ids: Tensor | None,
+        embeds: Tensor,
+        positions: Tensor | None,
+        images: bool,
+        seen: Tensor | None = None,
+    ) -> None:
         """Add the tokens of a call: embeds (B, S, C), positions (B, S) or (axes, B, S), as the decoder gets them.
 
         ``ids`` (B, S): None where the call brought embeddings. ``images``: whether features were put among them.
+        ``seen`` (B, S, 1 + Ct) fp32: what the vision tower showed of the images.
         """
         if self.keep == "drop":
             return
@@ -119,7 +140,7 @@ class Transcript:
             own = (
                 embeds.detach() if images else embeds.detach().clone()
             )  # the caller's, who may write to them
-            self._held.append(_Held.of(start, own, self.keep))
+            self._held.append(_Held.of(start, own, self.keep, images, seen))
             ids = embeds.new_zeros(batch, new, dtype=torch.long)
         if positions is None:  # the decoder counts itself
             positions = torch.arange(start, self.length, device=embeds.device)[None]
@@ -186,6 +207,21 @@ class Transcript:
         if at < self.length:
             parts.append(embed(self._ids[:, at : self.length]))
         return torch.cat(parts, dim=1)
+
+    def seen(self, device: torch.device) -> Tensor | None:
+        """What the vision tower showed of the whole conversation (B, length, 1 + Ct), 0 for text; None where it did not
+        show all of the images."""
+        found: Tensor | None = None
+        for held in self._held:
+            end = held.start + held.tokens
+            if held.seen is not None:
+                shown = held.shown(device)
+                if found is None:
+                    found = shown.new_zeros(len(shown), self.length, shown.shape[-1])
+                found[:, held.start : end] = shown
+            elif held.images:
+                return None
+        return found
 
     def positions(self) -> Tensor:
         """position_ids (B, length), or (3, B, length) with M-RoPE."""
@@ -255,7 +291,11 @@ class Transcript:
             tensors[f"held.{number}"] = one.states[rows]
             if one.scale is not None:
                 tensors[f"scale.{number}"] = one.scale[rows]
-            held.append([one.start, one.tokens])
+            if one.seen is not None:
+                tensors[f"seen.{number}"] = one.seen[
+                    slice(None) if one.rows is None else one.rows.to(one.seen.device)
+                ]
+            held.append([one.start, one.tokens, one.images])
         about = {"keep": self.keep, "length": self.length, "dropped": self.dropped, "obstacle": self.obstacle}
         return {**about, "held": held, "grids": grids}, tensors
 
@@ -270,11 +310,13 @@ class Transcript:
             own._ids, own._positions = tensors["ids"].to(device), tensors["positions"].to(device)
         own._codes = tensors.get("codes")
         own._grids = [[None if grid is None else tuple(grid) for grid in row] for row in about["grids"]]
-        for number, (start, tokens) in enumerate(about["held"]):
-            states, scale = tensors[f"held.{number}"], tensors.get(f"scale.{number}")
+        for number, (start, tokens, images) in enumerate(about["held"]):
+            states, scale, seen = (tensors.get(f"{name}.{number}") for name in ("held", "scale", "seen"))
+            assert states is not None
             if scale is not None:  # in 8 bits it stays on the device
                 states, scale = states.to(device), scale.to(device)
-            own._held.append(_Held(start, tokens, states, scale))
+                seen = None if seen is None else seen.to(device)
+            own._held.append(_Held(start, tokens, states, scale, images=images, seen=seen))
         return own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Transcript:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from python.tiny import IMAGE_ID
+from python.tiny import IMAGE_ID, VIDEO_ID
 from torch import Tensor
 
 Selected = list[int]
@@ -76,14 +76,26 @@ class SlowDecoder:
         """Embeddings (S, C) with image features in the place of placeholders, and tokens of each image."""
         ids = inputs["input_ids"][0]
         hidden = self.model.get_input_embeddings()(ids).clone()
-        if "pixel_values" not in inputs:
-            return hidden, []
-        pixels = {key: inputs[key] for key in ("pixel_values", "image_grid_thw") if key in inputs}
-        pixels["pixel_values"] = pixels["pixel_values"].double()
-        features = self.model.model.get_image_features(**pixels)
-        images = list(getattr(features, "pooler_output", features))
-        hidden[ids == IMAGE_ID] = torch.cat(images)
-        return hidden, [len(image) for image in images]
+        found: dict[int, list[Tensor]] = {}
+        if "pixel_values" in inputs:
+            pixels = {key: inputs[key] for key in ("pixel_values", "image_grid_thw") if key in inputs}
+            pixels["pixel_values"] = pixels["pixel_values"].double()
+            features = self.model.model.get_image_features(**pixels)
+            found[IMAGE_ID] = list(getattr(features, "pooler_output", features))
+        if "pixel_values_videos" in inputs:
+            features = self.model.model.get_video_features(
+                inputs["pixel_values_videos"].double(), inputs["video_grid_thw"]
+            )
+            found[VIDEO_ID] = list(getattr(features, "pooler_output", features))
+        for token, images in found.items():
+            hidden[ids == token] = torch.cat(images)
+        sizes: list[int] = []
+        at = 0
+        while at < len(ids):  # in reading order
+            images = found.get(int(ids[at]), [])
+            sizes += [len(images[0])] if images else []
+            at += len(images.pop(0)) if images else 1
+        return hidden, sizes
 
     def _positions(self, inputs: dict[str, Tensor]) -> Tensor:
         """Positions (S,), or with M-RoPE (3, S): a text token is one further on all axes, an image's are its frame,
@@ -91,15 +103,22 @@ class SlowDecoder:
         ids = inputs["input_ids"][0].tolist()
         if "qwen" not in self.model.config.model_type:
             return torch.arange(len(ids))
-        grids = iter(inputs.get("image_grid_thw", torch.empty(0, 3)).tolist())
+        grids = {
+            IMAGE_ID: iter(inputs.get("image_grid_thw", torch.empty(0, 3)).tolist()),
+            VIDEO_ID: iter(inputs.get("video_grid_thw", torch.empty(0, 3)).tolist()),
+        }
+        second = int(self.model.config.vision_config.tokens_per_second)  # a frame a second
         found: list[tuple[int, int, int]] = []
         start = 0
         while len(found) < len(ids):
-            if ids[len(found)] == IMAGE_ID:
-                _, height, width = next(grids)
+            if ids[len(found)] in grids:
+                frames, height, width = next(grids[ids[len(found)]])
                 height, width = height // 2, width // 2
                 found += [
-                    (start, start + row, start + column) for row in range(height) for column in range(width)
+                    (start + frame * second, start + row, start + column)
+                    for frame in range(frames)
+                    for row in range(height)
+                    for column in range(width)
                 ]
                 start += max(height, width)
             else:
@@ -293,7 +312,7 @@ def _segments(ids: Tensor, sizes: list[int]) -> list[int]:
     """Image number of each token, -1 for text."""
     numbers = [image for image, size in enumerate(sizes) for _ in range(size)]
     pending = iter(numbers)
-    return [next(pending) if token == IMAGE_ID and numbers else -1 for token in ids.tolist()]
+    return [next(pending) if token in (IMAGE_ID, VIDEO_ID) and numbers else -1 for token in ids.tolist()]
 
 
 def _projections(attention: Any) -> tuple[Any, Any, Any]:

@@ -24,6 +24,7 @@ PLANS = {
     "compacted-only": plan_of("every-token", reduce=False),
     "every-token": plan_of("every-token"),
     "zipvl-drop": ZIPVL,
+    "renumbered": lightvlm.LightKV(layers=(1, 2, 3), windows=(1,), positions="renumber", min_image_tokens=0),
 }
 
 

@@ -10,7 +10,7 @@ import lightvlm
 import pytest
 import torch
 from lightvlm.plan import Part
-from python.tiny import LLAVA, QWEN, Family, Image, extend, generate, generate_logits
+from python.tiny import DEPTH, LLAVA, QWEN, Family, Image, extend, generate, generate_logits
 from torch import nn
 
 ROWS = [[1, 2, Image(0), 3, 4, 5], [6, 7, 8], [1, Image(1), 9, Image(2), *range(10, 20)]]
@@ -330,3 +330,27 @@ def test_generate_in_another_thread(llava: Any) -> None:
         thread.join()
     assert torch.equal(found[0], expected)
     assert run.report().op_calls == {name: 2 * count for name, count in calls.items()}
+
+
+def test_flash_attention_finds_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers chooses the flash package by the name in the module's configuration."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    names = []
+
+    def flash(module: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(module.config._attn_implementation)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", flash)
+    model = LLAVA.build()
+    config = model.model.language_model.config
+    config._attn_implementation = "flash_attention_2"
+    inputs = LLAVA.batch([[1, Image(1), 5, 6]])
+    expected = generate(model, inputs, 3)
+    with lightvlm.attach(model, lightvlm.LightVLM(keep=0.5, layers=(2,), min_image_tokens=0)):
+        assert config._attn_implementation == "lightvlm_flash_attention_2"
+        generate(model, inputs, 3)
+    assert set(names) == {"flash_attention_2"}
+    assert len(names) > 2 * DEPTH
+    assert torch.equal(generate(model, inputs, 3), expected)

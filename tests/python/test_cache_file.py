@@ -22,6 +22,7 @@ ZIPVL = ZipVLPrefill(tau=0.7, recent_rows=4, random_rows=5, min_tokens=1)
 PLANS = {
     "whole": lightvlm.Plan(),
     "reduced": lightvlm_plan(),
+    "renumbered": lightvlm.LightKV(layers=(1, 2, 3), windows=(1,), positions="renumber", min_image_tokens=0),
     "compacted": lightvlm.Plan(cache=COMPACTION),
     "queries": lightvlm.Plan(
         cache=DecodeCompaction(keep=0.3, interval=8, sinks=2, recent=6, score="queries")

@@ -30,8 +30,22 @@ class Image:
         return self.height * self.width
 
 
-Row = Sequence[int | Image]
-"""A prompt: text tokens and images, in reading order."""
+@dataclass(frozen=True)
+class Video:
+    """Frames of noise of height x width tokens, each like the one before but for some; Qwen's only."""
+
+    seed: int
+    frames: int = 3
+    height: int = 2
+    width: int = 3
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.height * self.width
+
+
+Row = Sequence[int | Image | Video]
+"""A prompt: text tokens, images and videos, in reading order."""
 
 
 class Family:
@@ -42,7 +56,8 @@ class Family:
     def build(
         self, dtype: torch.dtype = torch.float32, attention: str | None = None, **decoder: Any
     ) -> nn.Module:
-        """A model in eval mode whose generate() never stops early. ``decoder``: options of the text decoder."""
+        """A model in eval mode whose generate() never stops early. ``decoder``: options of the text decoder, and as
+        ``tower`` those of the vision tower."""
         torch.manual_seed(3)
         model = self.make(decoder)
         # Built in fp32 and then cast, so that every dtype has the same weights.
@@ -97,6 +112,7 @@ class Llava(Family):
             patch_size=4,
             initializer_range=_SPREAD,
         )
+        vision.update(decoder.pop("tower", {}))
         options = {
             "hidden_size": 32,
             "intermediate_size": 48,
@@ -134,7 +150,7 @@ class InternVL(Family):
             "image_size": [32, 32],
             "patch_size": [4, 4],
             "initializer_range": _SPREAD,
-        }
+        } | decoder.pop("tower", {})
         text = {
             "model_type": "qwen2",
             "hidden_size": 32,
@@ -174,7 +190,7 @@ class Qwen(Family):
             "fullatt_block_indexes": [0],
             "window_size": 16,
             "initializer_range": _SPREAD,
-        }
+        } | decoder.pop("tower", {})
         text = {
             "hidden_size": 32,
             "intermediate_size": 48,
@@ -210,8 +226,14 @@ class Qwen(Family):
         inputs = super().batch(rows, dtype, left)
         ids = inputs["input_ids"]
         # older transformers finds images by the token before them
-        before = (ids[:, 1:] == IMAGE_ID) & (ids[:, :-1] != IMAGE_ID)
-        ids[:, :-1][before] = VISION_START
+        for token in (IMAGE_ID, VIDEO_ID):
+            before = (ids[:, 1:] == token) & (ids[:, :-1] != token)
+            ids[:, :-1][before] = VISION_START
+        videos = [item for row in rows for item in row if isinstance(item, Video)]
+        if videos:
+            inputs["pixel_values_videos"] = torch.cat([_frames(video) for video in videos]).to(dtype)
+            sides = [[video.frames, 2 * video.height, 2 * video.width] for video in videos]
+            inputs["video_grid_thw"] = torch.tensor(sides)
         return inputs | self.token_types(ids)
 
     def token_types(self, ids: Tensor) -> dict[str, Tensor]:
@@ -231,8 +253,19 @@ class Qwen(Family):
 LLAVA, INTERNVL, QWEN = Llava(), InternVL(), Qwen()
 
 
-def _tokens(item: int | Image) -> list[int]:
-    return [IMAGE_ID] * item.tokens if isinstance(item, Image) else [item]
+def _tokens(item: int | Image | Video) -> list[int]:
+    if isinstance(item, int):
+        return [item]
+    return [IMAGE_ID if isinstance(item, Image) else VIDEO_ID] * item.tokens
+
+
+def _frames(video: Video) -> Tensor:
+    """Qwen's patches (frames * patches, values) of a video."""
+    generator = torch.Generator().manual_seed(video.seed)
+    shape = (4 * video.height * video.width, 3 * 2 * 4 * 4)
+    first = torch.randn(*shape, generator=generator)
+    changes = torch.randn(video.frames, *shape, generator=generator)
+    return (first + 0.5 * changes.cumsum(dim=0)).flatten(0, 1)
 
 
 def _noise(image: Image, *shape: int) -> Tensor:

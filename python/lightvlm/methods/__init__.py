@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from ..plan import Plan
 from .base import Method
+from .cdpruner import CDPruner
+from .divprune import DivPrune
+from .downsample import Downsample
+from .framefusion import FrameFusion
 from .kv_precision import KVPrecision
 from .lightkv import LightKV
 from .lightvlm import LightVLM
+from .prumerge import PruMerge
 from .random import Random
+from .tome import ToMe
+from .uniform import Uniform
+from .visionzip import VisionZip
 from .zipvl import ZipVL, ZipVLPrefill
 
 METHODS: dict[str, Method] = {
@@ -15,7 +23,15 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("lightkv", LightKV, "arXiv 2605.00789"),
         Method("lightvlm", LightVLM, "arXiv 2509.00419 (our reading of its abstract)"),
+        Method("prumerge", PruMerge, "arXiv 2403.15388"),
         Method("random", Random, "baseline"),
+        Method("uniform", Uniform, "baseline"),
+        Method("downsample", Downsample, "baseline"),
+        Method("divprune", DivPrune, "arXiv 2503.02175"),
+        Method("cdpruner", CDPruner, "arXiv 2506.10967"),
+        Method("tome", ToMe, "arXiv 2210.09461, inside the decoder"),
+        Method("framefusion", FrameFusion, "arXiv 2501.01986"),
+        Method("visionzip", VisionZip, "arXiv 2412.04467"),
         Method("zipvl", ZipVL, "arXiv 2410.08584", knob="tau", levels=(0.975, 0.96)),
     )
 }
@@ -39,4 +55,21 @@ def method(name: str, **options: object) -> Plan:
     return found.make(**options)
 
 
-__all__ = ["KVPrecision", "LightKV", "LightVLM", "Random", "ZipVL", "ZipVLPrefill", "method", "method_names"]
+__all__ = [
+    "CDPruner",
+    "DivPrune",
+    "Downsample",
+    "FrameFusion",
+    "KVPrecision",
+    "LightKV",
+    "LightVLM",
+    "PruMerge",
+    "Random",
+    "ToMe",
+    "Uniform",
+    "VisionZip",
+    "ZipVL",
+    "ZipVLPrefill",
+    "method",
+    "method_names",
+]

@@ -9,11 +9,13 @@ per prompt, runs attention, asks for ``probe`` rows at the layer before each sta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
+
+from lightvlm_ext import ops
 
 from ..plan import Part, Plan
 
@@ -104,6 +106,8 @@ class StageInput:
         segment (B, M) int32: number of the image a token belongs to, -1 for text and padding.
         within (B, M) int32: index of an image token in its original image.
         text (B, M) bool: text tokens; they are always kept.
+        question (B, M) bool: text tokens that may say what matters: all but the last ones, where these are answers
+            that are rated or verified. None stands for ``text``.
         keep (B, G) int32: tokens to keep of each image.
         capacity: tokens of the longest row after the stage.
         pictures: for each row its images: places and counts, on the host.
@@ -126,6 +130,7 @@ class StageInput:
     tower_scores: Tensor | None = None
     tower_keys: Tensor | None = None
     sizes: Tensor | None = None
+    question: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -284,6 +289,28 @@ class PrecisionPart(Part):
     def important(self, scores: Tensor) -> Tensor:
         """How many (R,) int32 of so many generated tokens (R, N) are important, by the attention they receive."""
         raise NotImplementedError
+
+
+def highest(stage: StageInput, scores: Tensor) -> Selection:
+    """The ``stage.keep`` tokens of each image that have the highest scores (B, M), and all text; ties go to the lower
+    index."""
+    return ops.select(
+        scores, keep=stage.keep, forced=stage.text, segment=stage.segment, capacity=stage.capacity
+    )
+
+
+def drop(stage: StageInput, selection: Selection, hidden: Tensor | None = None) -> Reduced:
+    """A stage whose other tokens vanish. ``hidden`` (B, M, C): the states to keep some of; None: the stage's own."""
+    states = stage.hidden if hidden is None else hidden
+    return Reduced(selection, ops.gather_tokens(states, selection.index, selection.count, align="right"))
+
+
+def shrinking(stage: StageInput) -> Iterator[tuple[int, Picture]]:
+    """Each image that loses tokens at a stage, with its row of the batch."""
+    for row, pictures in enumerate(stage.pictures):
+        for picture in pictures:
+            if picture.keep < picture.tokens:
+                yield row, picture
 
 
 def keep_count(tokens: int, keep: float) -> int:

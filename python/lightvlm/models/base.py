@@ -30,6 +30,21 @@ def attention_kinds(config: Any) -> set[str]:
     return kinds or {"full_attention"}
 
 
+def modules_at(tower: nn.Module, paths: tuple[str, ...], attention: str) -> list[nn.Module]:
+    """The attention of each layer of a tower whose layers are at the first of ``paths`` that it has.
+
+    Raises:
+        ValueError: it has none of them.
+    """
+    for path in paths:
+        try:
+            layers = tower.get_submodule(path)
+            return [layer.get_submodule(attention) for layer in layers.children()]
+        except AttributeError:
+            continue
+    raise ValueError(f"plan reads the vision tower, but a {type(tower).__name__} has its layers elsewhere")
+
+
 class Adapter:
     """Access to the parts of one VLM.
 
@@ -114,3 +129,39 @@ class Adapter:
         embeds = inputs["inputs_embeds"]
         table = self.decoder.get_input_embeddings().weight
         return torch.stack([(embeds == table[token]).all(-1) for token in ids]).any(0)
+
+    # -- the vision tower
+
+    @property
+    def tower(self) -> Any:
+        """The vision tower."""
+        return self.base.vision_tower
+
+    @property
+    def tower_has_class_token(self) -> bool:
+        """Whether the first token of every picture in the tower is a class token."""
+        return False
+
+    def tower_attentions(self) -> list[nn.Module]:
+        """The attention module of each layer of the tower.
+
+        Raises:
+            ValueError: a tower that is built in another way.
+        """
+        raise ValueError(
+            f"plan reads the vision tower, which lightvlm does not for {type(self.model).__name__}"
+        )
+
+    def tower_layer(self, layer: int) -> int:
+        """The layer to read where ``layer`` (from 0) is asked for: the nearest in which whole frames attend."""
+        return layer
+
+    def tower_grids(self, inputs: dict[str, Any]) -> list[Grid] | None:
+        """(frames, rows, columns) of patches of each picture, where the tower takes all of them as one row, from the
+        arguments of its forward; None where each picture is a row of its own."""
+        return None
+
+    def tower_tokens(self, patches: Tensor, grid: Grid | None) -> Tensor:
+        """What image tokens have, (n, T, K) or (T, K), from what the tower's tokens have: (n, S, K) of n pictures, or
+        (P, K) of one with a grid. A token that joins several has their mean."""
+        raise NotImplementedError

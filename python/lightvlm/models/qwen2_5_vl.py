@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from .base import Adapter
+import torch
+from torch import Tensor, nn
+
+from ..host import upload
+from .base import Adapter, modules_at
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..layout import Grid
 
 
@@ -43,3 +45,40 @@ class Qwen2_5_VL(Adapter):
             return None
         merge = self.model.config.vision_config.spatial_merge_size
         return [(frames, rows // merge, columns // merge) for frames, rows, columns in present[0].tolist()]
+
+    @property
+    def tower(self) -> Any:
+        return self.base.visual
+
+    def tower_attentions(self) -> list[nn.Module]:
+        return modules_at(self.tower, ("blocks",), "attn")
+
+    def tower_layer(self, layer: int) -> int:
+        full = getattr(self.tower.config, "fullatt_block_indexes", None)
+        if full is None:  # Qwen2-VL has no windows
+            return layer
+        if not full:
+            raise ValueError("plan reads the vision tower, which has no layer in which a whole frame attends")
+        return min(sorted(full), key=lambda one: abs(one - layer))
+
+    def tower_grids(self, inputs: dict[str, Any]) -> list[Grid] | None:
+        return [(int(t), int(h), int(w)) for t, h, w in inputs["grid_thw"].tolist()]
+
+    def tower_tokens(self, patches: Tensor, grid: Grid | None) -> Tensor:
+        assert grid is not None
+        config, merge = self.tower.config, self.tower.config.spatial_merge_size
+        tokens = patches.unflatten(0, (-1, merge**2)).mean(1)  # patches of a token stand side by side
+        size = getattr(config, "window_size", None)
+        if size is None:
+            return tokens
+        order = _window_order(grid[0], grid[1] // merge, grid[2] // merge, size // merge // config.patch_size)
+        return tokens.index_select(0, upload(order.argsort(), tokens.device, torch.int64))
+
+
+def _window_order(frames: int, height: int, width: int, size: int) -> Tensor:
+    """Tokens of a grid in the order in which the tower has them: window after window of size x size, each row-major."""
+    row = torch.arange(height)[:, None].expand(height, width)
+    column = torch.arange(width)[None].expand(height, width)
+    across, down = -(-width // size), -(-height // size)
+    frame = torch.arange(frames)[:, None, None] * across * down
+    return (frame + row // size * across + column // size).flatten().argsort(stable=True)
