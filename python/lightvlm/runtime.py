@@ -128,7 +128,7 @@ class Run:
         part, depth = plan.prefill, len(adapter.layers)
         self._reduces = isinstance(part, PrefillPart) and bool(part.stages(depth))
         probe = part.tower if self._reduces and isinstance(part, PrefillPart) else None
-        self._tower = None if probe is None else Tower(adapter, probe)
+        self._tower = None if probe is None else Tower(adapter, probe, self._stats.own_work)
         config = adapter.decoder.config
         self._original: str = config._attn_implementation
         self._named = copy.copy(config)  # says the original's name while ours is set
@@ -423,7 +423,8 @@ class Run:
         """What the tower showed of the call's own images, or why nothing; None where it brings none, or nobody asks."""
         if self._tower is None or layout is None or not layout.has_images:
             return None
-        return self._tower.read(layout, self._device)
+        with self._stats.own_work(self._device):
+            return self._tower.read(layout, self._device)
 
     def _before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._shifted is not None:

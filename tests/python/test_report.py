@@ -10,6 +10,7 @@ import lightvlm
 import pytest
 import torch
 from lightvlm import Report
+from lightvlm.methods.prumerge import PruMergePrefill
 from python.test_prefill import ROWS, lightvlm_plan
 from python.tiny import DEPTH, LLAVA, QWEN, Family, Image, generate
 
@@ -240,3 +241,13 @@ def test_own_work_is_part_of_the_prefill(llava: Any) -> None:
     with lightvlm.attach(llava, lightvlm.Plan()) as run:
         generate(llava, LLAVA.batch(ROWS), 3)
     assert run.report().own_seconds == 0.0
+
+
+def test_reading_the_vision_tower_is_own_work(llava: Any) -> None:
+    """Also where the tower runs before the base model is called."""
+    plan = lightvlm.Plan(prefill=PruMergePrefill(keep=0.5, min_image_tokens=0))
+    with lightvlm.attach(llava, plan) as run:
+        llava.get_image_features(pixel_values=LLAVA.batch(ROWS)["pixel_values"])
+    report = run.report()
+    assert report.prefills == 0
+    assert report.own_seconds > 0
