@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightvlm.layout import RowLayout, Run
-from lightvlm.methods.base import Stage, StageInput, keep_count
+from lightvlm.methods.base import Stage, StageInput, keep_count, scaled_layers
 from lightvlm.methods.lightvlm import LightVLMPrefill, default_layers
 from lightvlm.methods.random import RandomPrefill
 from lightvlm.session import Level, plan_stage
@@ -54,6 +54,23 @@ def test_default_schedule(depth: int) -> None:
 def test_documented_schedules() -> None:
     assert default_layers(8) == (2, 3, 5)
     assert default_layers(28) == (2, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("published", "depth", "layers", "expected"),
+    [
+        ((2, 6, 15), 32, 32, (2, 6, 15)),
+        ((2, 6, 15), 32, 28, (2, 5, 13)),
+        ((1, 2, 3), 4, 32, (8, 16, 24)),
+        ((6, 7, 8), 28, 8, (2, 3, 4)),  # 1.7, 2, 2.3 of 8: each above the one before
+        ((6, 7, 8), 28, 3, (1, 2)),  # no room for a third
+        ((6, 7, 8), 28, 1, (0,)),
+    ],
+)
+def test_published_layers_at_another_depth(
+    published: tuple[int, ...], depth: int, layers: int, expected: tuple[int, ...]
+) -> None:
+    assert scaled_layers(layers, published, depth) == expected
 
 
 def test_keeping_everything_has_no_stage() -> None:

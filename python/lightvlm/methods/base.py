@@ -182,9 +182,14 @@ class PrefillPart(Part):
         """
         return [min(picture.tokens, keep_count(picture.original, stage.keep)) for picture in pictures]
 
-    def raters(self, hidden: Tensor, segment: Tensor, text: Tensor) -> Tensor | None:
-        """Which text tokens (B, S) bool may score, decided on the decoder's input (B, S, C); None: those of the probe.
-        ``segment`` and ``text`` as in :class:`StageInput`."""
+    def raters(
+        self, hidden: Tensor, pictures: Sequence[Sequence[Picture]], ends: Sequence[int]
+    ) -> Tensor | None:
+        """Which of the probe's rows (B, S) bool may score, decided on the decoder's input (B, S, C); None: all of them.
+
+        pictures: for each row its images.   ends: where each row's question ends; what stands behind it (answers that
+        are rated, drafts) must have no say.
+        """
         return None
 
     def reduce(self, stage: StageInput) -> Reduced:
@@ -324,6 +329,7 @@ def pyramid_stages(
     at: tuple[int, ...] | None,
     fractions: tuple[float, ...] | None,
     default_at: Callable[[int], tuple[int, ...]],
+    scored: bool = False,
 ) -> tuple[Stage, ...]:
     """The stages of a pyramid that ends at ``keep``.
 
@@ -332,6 +338,7 @@ def pyramid_stages(
         keep: final share of each image's tokens; 1 keeps everything (no stages).
         at: layers before whose input tokens are reduced, ascending; None: ``default_at(layers)``.
         fractions: share kept from each stage on; None: geometric, keep ** (t / T).
+        scored: whether the score comes from the layer before a stage, so that there must be one.
 
     Raises:
         ValueError: layers outside the decoder or not ascending, fractions that do not fit or do not end at
@@ -342,6 +349,8 @@ def pyramid_stages(
     at = default_at(layers) if at is None else at
     if not at or list(at) != sorted(set(at)) or at[0] < 0 or at[-1] >= layers:
         raise ValueError(f"layers must be ascending layer numbers within 0..{layers - 1}, got {at}")
+    if scored and at[0] == 0:
+        raise ValueError("layers must start at 1 or later: the score comes from the layer before")
     if fractions is None:
         fractions = (*tuple(keep ** (t / len(at)) for t in range(1, len(at))), keep)
     if len(fractions) != len(at):
@@ -351,6 +360,18 @@ def pyramid_stages(
     if fractions[-1] != keep:
         raise ValueError(f"the last of fractions must be keep ({keep}), got {fractions[-1]}")
     return tuple(Stage(layer, fraction) for layer, fraction in zip(at, fractions, strict=True))
+
+
+def scaled_layers(layers: int, published: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Layers that a paper gives for a decoder of ``depth`` layers, at the same share of ``layers``.
+
+    Each is at least 1, as scores come from the layer before, and above the one before it; those that a shallow decoder
+    has no room for are left out.
+    """
+    at: list[int] = []
+    for layer in published:
+        at.append(max(round(layer * layers / depth), at[-1] + 1 if at else 1))
+    return tuple(layer for layer in at if layer < layers) or (layers - 1,)
 
 
 def kept_slots(stages: Sequence[Stage], layers: int) -> float:

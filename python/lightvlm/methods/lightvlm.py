@@ -9,14 +9,24 @@ of the reference VLM (docs/lightvlm.md); each is an option.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from lightvlm_ext import ops
 
 from ..plan import KeepForLater, Plan, check_options, option, register_part
-from .base import PrefillPart, Probe, Reduced, Stage, StageInput, check_keep, pyramid_stages
+from .base import (
+    PrefillPart,
+    Probe,
+    Reduced,
+    Stage,
+    StageInput,
+    check_keep,
+    drop,
+    highest,
+    pyramid_stages,
+)
 from .decode_compaction import DecodeCompaction
 
 
@@ -68,10 +78,7 @@ class LightVLMPrefill(PrefillPart):
         check_options(self)
 
     def stages(self, layers: int) -> tuple[Stage, ...]:
-        found = pyramid_stages(layers, self.keep, self.layers, self.fractions, default_layers)
-        if found and found[0].layer == 0:
-            raise ValueError("layers must start at 1 or later: the score comes from the layer before")
-        return found
+        return pyramid_stages(layers, self.keep, self.layers, self.fractions, default_layers, scored=True)
 
     @property
     def probe(self) -> Probe:
@@ -79,21 +86,22 @@ class LightVLMPrefill(PrefillPart):
 
     def reduce(self, stage: StageInput) -> Reduced:
         assert stage.scores is not None
-        chosen: dict[str, Any] = {
-            "keep": stage.keep,
-            "forced": stage.text,
-            "segment": stage.segment,
-            "capacity": stage.capacity,
-        }
         if self.selection == "diverse":
-            selection = ops.select_diverse(stage.scores, stage.hidden, strength=self.strength, **chosen)
+            selection = ops.select_diverse(
+                stage.scores,
+                stage.hidden,
+                strength=self.strength,
+                keep=stage.keep,
+                forced=stage.text,
+                segment=stage.segment,
+                capacity=stage.capacity,
+            )
         else:
-            selection = ops.select(stage.scores, **chosen)
+            selection = highest(stage, stage.scores)
         if self.merge == "drop":
-            hidden = ops.gather_tokens(stage.hidden, selection.index, selection.count, align="right")
-        else:
-            weight = stage.scores.clamp_min(0) if self.merge == "score" else torch.ones_like(stage.scores)
-            hidden = ops.merge_tokens(stage.hidden, selection, weight, stage.segment, align="right")
+            return drop(stage, selection)
+        weight = stage.scores.clamp_min(0) if self.merge == "score" else torch.ones_like(stage.scores)
+        hidden = ops.merge_tokens(stage.hidden, selection, weight, stage.segment, align="right")
         return Reduced(selection, hidden)
 
 

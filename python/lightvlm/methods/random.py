@@ -11,7 +11,7 @@ from lightvlm_ext import ops
 
 from ..host import upload
 from ..plan import KeepForLater, Plan, check_options, option, register_part
-from .base import PrefillPart, Reduced, Stage, StageInput, check_keep, pyramid_stages
+from .base import PrefillPart, Reduced, Stage, StageInput, check_keep, drop, highest, pyramid_stages
 from .lightvlm import default_layers
 
 
@@ -44,15 +44,11 @@ class RandomPrefill(PrefillPart):
         numbers = torch.rand(_MAX_IMAGE_TOKENS, generator=generator)
         numbers = upload(numbers, stage.hidden.device, torch.float32)
         scores = numbers[stage.within.long() % _MAX_IMAGE_TOKENS]
-        selection = ops.select(
-            scores, keep=stage.keep, forced=stage.text, segment=stage.segment, capacity=stage.capacity
-        )
+        selection = highest(stage, scores)
         if self.merge == "drop":
-            hidden = ops.gather_tokens(stage.hidden, selection.index, selection.count, align="right")
-        else:
-            hidden = ops.merge_tokens(
-                stage.hidden, selection, torch.ones_like(scores), stage.segment, align="right"
-            )
+            return drop(stage, selection)
+        weight = torch.ones_like(scores)
+        hidden = ops.merge_tokens(stage.hidden, selection, weight, stage.segment, align="right")
         return Reduced(selection, hidden)
 
 
