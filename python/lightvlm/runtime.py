@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from . import attention_hook, calls, later
 from .flops import head_width
 from .layout import BatchLayout, LayoutError, read_layout
-from .methods.base import AttentionPart, PrecisionPart, PrefillPart
+from .methods.base import AttentionPart, CachePart, PrecisionPart, PrefillPart
 from .models import find_adapter
 from .models.base import Adapter
 from .packing import check_storage
 from .plan import Plan
 from .positions import ShiftedTables, decoder_positions
 from .probing import check_look_ahead
+from .prompt_eviction import PromptEviction, check_eviction
 from .report import Report
 from .session import Prefill, text_places
 from .sparse_attention import SparsePrefill
@@ -72,6 +73,7 @@ def attach(model: nn.Module, plan: Plan, *, trace: bool = False) -> Run:
     if any(hasattr(attention, "_lightvlm_run") for attention in adapter.attentions):
         raise ValueError("model is attached already; detach the other run first")
     _check_precision(plan, adapter)
+    check_eviction(plan)
     attention_hook.check_implementation(adapter.decoder.config._attn_implementation)
     if isinstance(plan.prefill, PrefillPart):
         stages = plan.prefill.stages(len(adapter.layers))
@@ -113,6 +115,7 @@ class Run:
         self._signature = inspect.signature(adapter.base.forward)
         self._prefill: Prefill | None = None
         self._sparse: SparsePrefill | None = None
+        self._eviction: PromptEviction | None = None
         self._cache: CompactCache | None = None
         self._layout: BatchLayout | None = None
         self._text: list[list[list[int]]] | None = None
@@ -475,7 +478,8 @@ class Run:
                 shortened = self._prefill is not None and self._prefill.reduced
                 tail = level.tail if level is not None and shortened else self._layout.length
                 layer.begin(starts, self._layout.length, tail, shortened)
-                if self._sparse is None or index < self._sparse.part.full_layers:
+                evicts = self._observe_prompt(index, query, key, value, scale)
+                if not evicts and (self._sparse is None or index < self._sparse.part.full_layers):
                     # at once, so that a prompt is never in 16 bits in more than one layer
                     assert self._cache is not None
                     self._cache.pack_prompt(None, self._unsure, text=self._text_places(), only=index)
@@ -489,6 +493,27 @@ class Run:
             layer.remember_queries(query.transpose(1, 2), scale)
         return out, weights
 
+    def _observe_prompt(
+        self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+    ) -> bool:
+        """Show a layer's attention to a cache method that evicts from the prompt; whether there is one."""
+        part = self._cache.plan.cache if self._cache is not None else None
+        if not isinstance(part, CachePart) or not part.evicts_prompt or self._layout is None:
+            return False
+        # attach refuses such a plan, but this one may be the cache's own
+        if self._sparse is not None and self._sparse.part.unimportant == "drop":
+            if index == 0:
+                self._stats.step_aside(
+                    "the cache's plan evicts from a prompt whose tokens the run's plan drops"
+                )
+            return False
+        if self._eviction is None:
+            depth = len(self._adapter.layers)
+            self._eviction = PromptEviction(part, self._layout, depth, self._unsure)
+        level = self._prefill.level if self._prefill is not None else None
+        self._eviction.observe(index, level, query, key, value, scale)
+        return True
+
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
         try:
             if output is not None:  # None: the forward raised
@@ -501,6 +526,7 @@ class Run:
 
     def _finish(self, output: Any) -> None:
         cache = self._cache
+        evicted = self._eviction is not None and cache is not None and self._eviction.evict(cache)
         if cache is not None and not self._prompt:
             self._stats.compactions += cache.step(calls.new_tokens(output), self._unsure)
         if self._timer is not None:
@@ -519,7 +545,7 @@ class Run:
         if self._call is not None:
             if self._prompt:
                 drops = self._sparse is not None and self._sparse.part.unimportant == "drop"
-                self._call.transcript.dropped = self._prefill is not None or drops
+                self._call.transcript.dropped = self._prefill is not None or drops or evicted
             self._stats.add_later(self._call.anew is not None, self._call.transcript.nbytes)
         self._stats.add_cache(cache if cache is not None else getattr(output, "past_key_values", None))
 
@@ -536,7 +562,7 @@ class Run:
     def _forget(self) -> None:
         """Drop what belongs to one call of the model, also where the call before did not get to its end."""
         self._prefill = self._sparse = self._layout = self._cache = self._call = self._shifted = None
-        self._text = None
+        self._text = self._eviction = None
         self._prompt, self._own, self._unsure = False, False, 0
         if self._tower is not None:
             self._tower.end_call()
