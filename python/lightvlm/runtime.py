@@ -131,7 +131,7 @@ class Run:
         part, depth = plan.prefill, len(adapter.layers)
         self._reduces = isinstance(part, PrefillPart) and bool(part.stages(depth))
         probe = part.tower if self._reduces and isinstance(part, PrefillPart) else None
-        self._tower = None if probe is None else Tower(adapter, probe)
+        self._tower = None if probe is None else Tower(adapter, probe, self._stats.own_work)
         config = adapter.decoder.config
         self._original: str = config._attn_implementation
         self._named = copy.copy(config)  # says the original's name while ours is set
@@ -262,7 +262,7 @@ class Run:
             raise ValueError(
                 "past_key_values is a cache whose conversation was being read anew when a call failed; reset it"
             )
-        self._observer = self._observe(self._stats.add_op)
+        self._observer = self._observe(lambda call: self._stats.add_op(call, self._prompt))
         self._observer.__enter__()
         try:
             if cache is not None and cache.get_seq_length() > 0:
@@ -328,8 +328,10 @@ class Run:
     def plan_prompt(self, layout: BatchLayout, inputs: dict[str, Any], drafts: int) -> None:
         """Treat the call as a prompt of this layout."""
         self._prompt, self.kept, self._layout = True, {}, layout
-        self._prefill = self._plan_prefill(layout, inputs, drafts)
-        self._sparse = self._plan_sparse(layout, inputs, drafts)
+        planned = self.plan.prefill is not None
+        with self._stats.own_work(self._device) if planned else contextlib.nullcontext():
+            self._prefill = self._plan_prefill(layout, inputs, drafts)
+            self._sparse = self._plan_sparse(layout, inputs, drafts)
 
     def _step_aside(self, reason: str) -> None:
         """Note that the plan does not apply, if there is anything that it would have done."""
@@ -424,7 +426,8 @@ class Run:
         """What the tower showed of the call's own images, or why nothing; None where it brings none, or nobody asks."""
         if self._tower is None or layout is None or not layout.has_images:
             return None
-        return self._tower.read(layout, self._device)
+        with self._stats.own_work(self._device):
+            return self._tower.read(layout, self._device)
 
     def _before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._shifted is not None:
@@ -437,7 +440,9 @@ class Run:
             return None
         hidden = args[0] if args else kwargs.pop("hidden_states")
         assert isinstance(hidden, Tensor)
-        hidden = self._prefill.enter(index, hidden, kwargs)
+        own = index == 0 or index in self._prefill.stages
+        with self._stats.own_work(self._device) if own else contextlib.nullcontext():
+            hidden = self._prefill.enter(index, hidden, kwargs)
         if self._trace and index in self._prefill.stages:
             self.kept[index] = self._prefill.kept()
         return (hidden, *args[1:]), kwargs
@@ -466,7 +471,8 @@ class Run:
             else:
                 out, weights = call(module, query, key, value, mask, **kwargs)
             if self._prefill is not None and self._prefill.scores_at(index):
-                self._prefill.score(query, key, scale)
+                with self._stats.own_work(query.device):
+                    self._prefill.score(query, key, scale)
             if layer is not None and self._layout is not None:
                 starts = level.starts if level is not None else [row.leftpad for row in self._layout.rows]
                 shortened = self._prefill is not None and self._prefill.reduced
