@@ -40,6 +40,8 @@ EVERYTHING: dict[str, dict[str, Any]] = {
 READS: dict[str, int] = {
     # tokens are stored in 4 bits or in 2 by what attended, which the device alone knows: once a prompt, for all layers
     "zipvl": 1,
+    # layers share the budget by how sparse their attention was
+    "vl_cache": 1,
 }
 """Host reads between the layers of a prompt and nine further tokens, where there are any."""
 

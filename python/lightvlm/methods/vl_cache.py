@@ -11,7 +11,8 @@ head (published: keep = 0.1). Generated tokens all stay. How sparse each layer i
 prompt.
 Where we deviate: at most the last ``limit`` of the queries speak, because sparsity looks at each of their weights; a
 prompt that ends with an image is asked by its last token, and one without images by its last ``limit``; and a row keeps
-at least ``min_tokens`` in each layer. Heads that share keys choose together.
+at least ``min_tokens`` in each layer. And ``keep`` of 1 keeps all, where the formula would still
+take from layers that are sparser than others. Heads that share keys choose together.
 """
 
 from __future__ import annotations
@@ -96,6 +97,8 @@ class VLCachePart(PromptCachePart):
         return low
 
     def choose_prompt(self, seen: Sequence[tuple[PromptLayer, _Seen]]) -> list[PromptChoice | None]:
+        if self.keep == 1:
+            return [None] * len(seen)
         counts = torch.stack([one.low for _, one in seen]).tolist()
         spread = [
             [1 - low / number for low, number in zip(own, one.weights, strict=True)]

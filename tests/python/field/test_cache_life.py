@@ -84,13 +84,15 @@ def test_batches_decode_as_their_rows_do(model: Any, family: Family, name: str) 
 @pytest.mark.parametrize(
     "plan",
     [
-        lightvlm.SnapKV(keep=1, window=2),
+        lightvlm.SnapKV(keep=1, window=2, min_tokens=1),
+        lightvlm.PyramidKV(keep=1, window=2, min_tokens=1),
         lightvlm.SnapKV(),
         lightvlm.PyramidKV(),
-        lightvlm.H2O(keep=1),
+        lightvlm.H2O(keep=1, min_tokens=1),
         lightvlm.StreamingLLM(),
-        lightvlm.VLCache(keep=1),
-        lightvlm.LookM(keep=1),
+        lightvlm.StreamingLLM(keep=1, min_tokens=1),
+        lightvlm.VLCache(keep=1, min_tokens=1),
+        lightvlm.LookM(keep=1, min_tokens=1),
         lightvlm.SnapKV(keep=0.1),  # of prompts this short all stays
     ],
     ids=lambda plan: plan.cache.kind,
