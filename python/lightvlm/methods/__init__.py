@@ -78,14 +78,14 @@ def method(name: str, **options: object) -> Plan:
 
 
 __all__ = [
+    "H2O",
+    "KIVI",
     "CDPruner",
     "DivPrune",
     "Downsample",
     "FastV",
     "FrameFusion",
-    "H2O",
     "ILLaVA",
-    "KIVI",
     "KVPrecision",
     "LightKV",
     "LightVLM",
