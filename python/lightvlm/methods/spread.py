@@ -2,8 +2,8 @@
 
 Ordered dithering (Bayer 1973): on a grid whose sides are the next power of two, the bits of row and column are
 interleaved, in reverse; the tokens' own grid is a part of that. The first quarter is every other token of every other
-row, and so on; no share falls into the rhythm of the raster, as every fourth token of a row of 16 would. Videos have the
-same tokens in every frame. An image of unknown grid is one row of tokens.
+row, and so on; no share falls into the rhythm of the raster, as every fourth token of a row of 16 would. Videos have
+the same tokens in every frame. An image of unknown grid is one row of tokens.
 """
 
 from __future__ import annotations
