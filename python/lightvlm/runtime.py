@@ -511,7 +511,8 @@ class Run:
             depth = len(self._adapter.layers)
             self._eviction = PromptEviction(part, self._layout, depth, self._unsure)
         level = self._prefill.level if self._prefill is not None else None
-        self._eviction.observe(index, level, query, key, value, scale)
+        with self._stats.own_work(query.device):
+            self._eviction.observe(index, level, query, key, value, scale)
         return True
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -526,7 +527,10 @@ class Run:
 
     def _finish(self, output: Any) -> None:
         cache = self._cache
-        evicted = self._eviction is not None and cache is not None and self._eviction.evict(cache)
+        evicted = False
+        if self._eviction is not None and cache is not None:
+            with self._stats.own_work(self._device):
+                evicted = self._eviction.evict(cache)
         if cache is not None and not self._prompt:
             self._stats.compactions += cache.step(calls.new_tokens(output), self._unsure)
         if self._timer is not None:
