@@ -445,6 +445,7 @@ def pyramid_stages(
     fractions: tuple[float, ...] | None,
     default_at: Callable[[int], tuple[int, ...]],
     scored: bool = False,
+    first: float = 1.0,
 ) -> tuple[Stage, ...]:
     """The stages of a pyramid that ends at ``keep``.
 
@@ -452,8 +453,9 @@ def pyramid_stages(
         layers: depth of the decoder.
         keep: final share of each image's tokens; 1 keeps everything (no stages).
         at: layers before whose input tokens are reduced, ascending; None: ``default_at(layers)``.
-        fractions: share kept from each stage on; None: geometric, keep ** (t / T).
+        fractions: share kept from each stage on; None: geometric, first * (keep / first) ** (t / T).
         scored: whether the score comes from the layer before a stage, so that there must be one.
+        first: share that is left when the pyramid begins.
 
     Raises:
         ValueError: layers outside the decoder or not ascending, fractions that do not fit or do not end at
@@ -467,11 +469,11 @@ def pyramid_stages(
     if scored and at[0] == 0:
         raise ValueError("layers must start at 1 or later: the score comes from the layer before")
     if fractions is None:
-        fractions = (*tuple(keep ** (t / len(at)) for t in range(1, len(at))), keep)
+        fractions = (*tuple(first * (keep / first) ** (t / len(at)) for t in range(1, len(at))), keep)
     if len(fractions) != len(at):
         raise ValueError(f"fractions must have one entry per layer ({len(at)}), got {len(fractions)}")
-    if any(not 0 < f <= 1 for f in fractions) or list(fractions) != sorted(fractions, reverse=True):
-        raise ValueError(f"fractions must lie in (0, 1] and not increase, got {fractions}")
+    if any(not 0 < f <= first for f in fractions) or list(fractions) != sorted(fractions, reverse=True):
+        raise ValueError(f"fractions must lie in (0, {first:g}] and not increase, got {fractions}")
     if fractions[-1] != keep:
         raise ValueError(f"the last of fractions must be keep ({keep}), got {fractions[-1]}")
     return tuple(Stage(layer, fraction) for layer, fraction in zip(at, fractions, strict=True))
