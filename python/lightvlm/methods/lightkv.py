@@ -10,9 +10,11 @@ Where text and code differ, this follows the code: a window of m tokens loses fl
 floor(rho m / 2) would not leave its own 1 - rho); the softmax runs over the queries, without a causal mask, and the
 keys are all text tokens, those before an image too. Layers are counted as in the paper's eq. 9, which its 55 % come
 from: the first of ``layers`` is how many layers see every token (the code's numbers are the index of the last such
-layer, so one layer more does). The code renumbers positions and lets generated tokens go on from the whole prompt's
-number; so do we by default (``positions``). The code of its LLaVA decoder replaces the weights by random numbers, under
-a note to remove that; we do not follow it.
+layer, so one layer more does).
+
+Not as the code: it renumbers positions and lets generated tokens go on from the whole prompt's number; here tokens keep
+theirs unless ``positions`` says so, which validation scenes favour (docs/lightkv.md). The code of its LLaVA decoder
+replaces the weights by random numbers, under a note to remove that; we do not.
 """
 
 from __future__ import annotations
@@ -86,11 +88,11 @@ class LightKVPrefill(PrefillPart):
     guidance: Literal["prompt", "causal", "none"] = option(
         "prompt",
         "weights: what a token receives from all text keys, softmax over the queries; attention from the text after "
-        "the image; or all the same",
+        "the image; or all the same, as they are at layer 0 in any case",
         choices=("prompt", "causal", "none"),
     )
     positions: str = option(
-        "renumber_prompt",
+        "keep",
         "tokens keep theirs, are renumbered for good, or only the prompt's are (the published code)",
         choices=("keep", "renumber", "renumber_prompt"),
     )
@@ -127,8 +129,6 @@ class LightKVPrefill(PrefillPart):
         at = default_layers(layers, len(ratios)) if self.layers is None else self.layers
         if not at or list(at) != sorted(set(at)) or at[0] < 0 or at[-1] >= layers:
             raise ValueError(f"layers must be ascending layer numbers within 0..{layers - 1}, got {at}")
-        if self.guidance != "none" and at[0] == 0:
-            raise ValueError("layers must start at 1 or later: the weights come from the layer before")
         if len(at) != len(ratios):
             raise ValueError(f"ratios must have one entry per layer ({len(at)}), got {len(ratios)}")
         if max(ratios) > 0.5 + 1e-9:

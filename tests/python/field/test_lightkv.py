@@ -56,7 +56,7 @@ class SlowLightKV(SlowDecoder):
         ratio, grids = self.prefill["shares"][stage], self.prefill["grids"]
         tokens = [[i for i in range(len(segment)) if segment[i] == image] for image in range(len(sizes))]
         side = self.prefill["sides"][stage]
-        scores = scores if self.prefill["guidance"] == "prompt" else None
+        scores = scores if self.prefill["guidance"] == "prompt" else None  # None at layer 0 in any case
         if any(len(image) < 8 * side**2 for image in tokens):
             return hidden, list(range(len(segment)))
         out, gone = hidden.clone(), set()
@@ -264,7 +264,6 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": (0, 2, 3)}, "layers must start at 1 or later: the weights come from the layer before"),
         ({"layers": (2, 8, 9)}, "layers must be ascending layer numbers within 0..7, got (2, 8, 9)"),
         ({"layers": (2, 3)}, "keep (0.125) needs at least 3 layers, as each at most halves, got (2, 3)"),
         (
@@ -277,4 +276,9 @@ def test_bad_schedules(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         LightKVPrefill(**options).stages(8)
     assert LightKVPrefill(keep=1.0).stages(8) == ()
-    assert LightKVPrefill(layers=(0, 2, 3), guidance="none").stages(8)[0].layer == 0
+
+
+def test_a_stage_before_the_first_layer_has_equal_weights(model: Any, family: Family) -> None:
+    part = LightKVPrefill(layers=(0, 2), keep=0.25, windows=(1,), min_image_tokens=0)
+    kept = compare(model, family, ROWS, part)
+    assert [len(image) for image in kept[0][2]] == [8, 8]
