@@ -67,8 +67,14 @@ def describe(name: str) -> dict[str, Any]:
             options.append(_option(argument.name, argument.default, field))
     named = {option["name"] for option in options}
     if any(argument.kind is argument.VAR_KEYWORD for argument in signature.parameters.values()):
-        first = prefill or cache or precision
-        options += [_option(key, field.default, field) for key, field in first.items() if key not in named]
+        part = (
+            plan.prefill or plan.cache or plan.precision
+        )  # a preset has other values than the part's defaults
+        options += [
+            _option(key, getattr(part, key), field)
+            for key, field in _fields(part).items()
+            if key not in named
+        ]
     summary = re.sub(r":\w+:`([^`]*)`", r"\1", (inspect.getdoc(found.make) or "").partition("\n")[0])
     return {"name": name, "source": found.source, "summary": summary, "options": options}
 

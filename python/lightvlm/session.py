@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightvlm_ext import ops
 
-from .host import upload
+from .host import rectangular, upload
 from .layout import FIRST_IMAGE, TEXT, BatchLayout, RowLayout
 from .methods.base import Picture, PrefillPart, Probe, Stage, StageInput
 from .models.base import Adapter
@@ -254,8 +254,7 @@ class Prefill:
         return torch.where(self._codes >= FIRST_IMAGE, self._codes - FIRST_IMAGE, -1).to(torch.int32)
 
     def _reduce(self, stage: StagePlan, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        images = max(len(kept) for kept in stage.keep)
-        keep = upload([kept + [0] * (images - len(kept)) for kept in stage.keep], hidden.device)
+        keep = upload(rectangular(stage.keep), hidden.device)
         if self.part.counts_sizes and self._sizes is None:
             self._sizes = torch.ones(hidden.shape[:2], device=hidden.device)
         text = self._codes == TEXT

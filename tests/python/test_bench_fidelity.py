@@ -79,7 +79,7 @@ def test_rows_of_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
     assert little["attention_flops_share"] < much["attention_flops_share"] < 1
     assert "attending_share" not in ours
     assert two["kv_share"] < eight["kv_share"] < 1.0
-    assert ours["kv_share"] == pytest.approx(random["kv_share"])
+    assert ours["kv_share"] < random["kv_share"]  # whose tokens go later
     assert 0 < eight["kl"]["mean"] < two["kl"]["mean"]
     assert eight["kl"]["tokens"] == two["kl"]["tokens"] == ours["kl"]["tokens"]
     assert all(row["stepped_aside"] == {} for row in result["rows"][1:])

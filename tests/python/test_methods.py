@@ -38,16 +38,15 @@ def test_keep_count(tokens: int, keep: float) -> None:
 
 
 @pytest.mark.parametrize("depth", [2, 3, 4, 5, 8, 24, 28, 32, 80])
-@pytest.mark.parametrize("keep", [0.03, 0.35, 0.5])
-def test_default_schedule(depth: int, keep: float) -> None:
+@pytest.mark.parametrize(("keep", "first"), [(0.03, 0.5), (0.25, 0.5), (0.35, 0.7), (0.5, 1.0), (0.6, 1.0)])
+def test_default_schedule(depth: int, keep: float, first: float) -> None:
     layers = default_layers(depth)
     assert list(layers) == sorted(set(layers))
     assert layers[0] >= 1
     assert layers[-1] < depth
     stages = LightVLMPrefill(keep=keep).stages(depth)
-    first = 0.5 if keep < 0.5 else 1.0
-    if keep < 0.5:
-        assert stages[0] == Stage(0, 0.5)
+    if first < 1:
+        assert stages[0] == Stage(0, first)
         stages = stages[1:]
     assert [stage.layer for stage in stages] == list(layers)
     assert stages[-1].keep == keep

@@ -31,7 +31,7 @@ from .decode_compaction import DecodeCompaction
 from .spread import spread_scores
 
 _SPREAD = 0.5
-"""Every other token stays, like the squares of one colour of a chessboard."""
+"""At least every other token stays at first, like the squares of one colour of a chessboard."""
 
 
 def default_layers(layers: int) -> tuple[int, ...]:
@@ -63,8 +63,8 @@ class LightVLMPrefill(PrefillPart):
     )
     spread: float | None = option(
         None,
-        "share kept at the input of layer 0, spread evenly over the image; 1: no such stage; None: 0.5, and 1 where "
-        "keep is not below that or layers are given",
+        "share kept at the input of layer 0, spread evenly over the image; 1: no such stage; None: 2 * keep, at least "
+        "0.5, and 1 where layers are given",
         low=0.0,
         high=1.0,
     )
@@ -98,7 +98,7 @@ class LightVLMPrefill(PrefillPart):
     def stages(self, layers: int) -> tuple[Stage, ...]:
         spread = self.spread
         if spread is None:
-            spread = _SPREAD if self.keep < _SPREAD and self.layers is None else 1.0
+            spread = max(_SPREAD, min(1.0, 2 * self.keep)) if self.layers is None else 1.0
         chosen = pyramid_stages(
             layers, self.keep, self.layers, self.fractions, default_layers, scored=True, first=spread
         )

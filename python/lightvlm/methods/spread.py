@@ -13,25 +13,29 @@ import functools
 import torch
 from torch import Tensor
 
-from ..host import upload
+from ..host import rectangular, upload
 from ..layout import Grid
 from .base import StageInput
 
 
 @functools.lru_cache(maxsize=64)
-def spread_rank(tokens: int, grid: Grid | None) -> Tensor:
-    """Place of each token (tokens,) int64 in the order, on the CPU."""
+def spread_rank(tokens: int, grid: Grid | None) -> tuple[int, ...]:
+    """Place of each token in the order."""
     frames, height, width = grid if grid is not None else (1, 1, tokens)
-    rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
-    value = torch.zeros(height, width, dtype=torch.int64)
     bits = max(height - 1, width - 1, 1).bit_length()
-    for bit in range(bits):
-        row, column = rows >> bit & 1, columns >> bit & 1
-        value |= (row ^ column) << 2 * (bits - 1 - bit) + 1 | row << 2 * (bits - 1 - bit)
-    value = value[None].expand(frames, height, width).flatten()
-    rank = torch.empty(tokens, dtype=torch.int64)
-    rank[value.argsort(stable=True)] = torch.arange(tokens)
-    return rank
+
+    def value(row: int, column: int) -> int:
+        found = 0
+        for bit in range(bits):
+            r, c = row >> bit & 1, column >> bit & 1
+            found = found << 2 | (r ^ c) << 1 | r  # the lowest bits become the highest
+        return found
+
+    values = frames * [value(row, column) for row in range(height) for column in range(width)]
+    rank = [0] * tokens
+    for place, token in enumerate(sorted(range(tokens), key=values.__getitem__)):
+        rank[token] = place
+    return tuple(rank)
 
 
 def spread_scores(stage: StageInput) -> Tensor:
@@ -43,14 +47,9 @@ def spread_scores(stage: StageInput) -> Tensor:
         firsts.append([])
         for picture in pictures:
             firsts[-1].append(len(tables[-1]))
-            tables[-1] += spread_rank(picture.original, picture.grid).tolist()
+            tables[-1] += spread_rank(picture.original, picture.grid)
     device = stage.segment.device
-    table = upload(_rectangular(tables), device, torch.float32)
-    first = upload(_rectangular(firsts), device)
+    table = upload(rectangular(tables), device, torch.float32)
+    first = upload(rectangular(firsts), device)
     place = first.gather(1, stage.segment.clamp_min(0).long()) + stage.within
     return -table.gather(1, place.clamp_max(table.shape[1] - 1).long())
-
-
-def _rectangular(rows: list[list[int]]) -> list[list[int]]:
-    width = max(1, *map(len, rows))
-    return [row + [0] * (width - len(row)) for row in rows]

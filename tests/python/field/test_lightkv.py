@@ -83,13 +83,17 @@ class SlowLightKV(SlowDecoder):
     def _pass(self, out: Tensor, hidden: Tensor, scores: Any, window: list[int], ratio: float) -> set[int]:
         """Message passing within a window; returns the tokens that are gone."""
         sources, targets = window[0::2], window[1::2]
+        pairs = min(math.floor(ratio * len(window) + 1e-9), len(window) // 2)
+        if scores is not None and self.prefill["split"] == "diverse":
+            targets = self._choose(window, scores, hidden, len(window) - pairs)
+            sources = [i for i in window if i not in targets]
         best = {}
         for a in sources:
             distance = [1 - _cosine(hidden[a], hidden[b]) for b in targets]
             if targets:
                 best[a] = (min(distance), targets[distance.index(min(distance))])
         order = sorted(best, key=lambda a: (best[a][0], a))
-        merged = order[: min(math.floor(ratio * len(window) + 1e-9), len(window) // 2)]
+        merged = order[:pairs]
         for b in targets:
             arrive = [a for a in merged if best[a][1] == b]
             if arrive:
@@ -146,8 +150,11 @@ def compare(model: Any, family: Family, rows: Any, part: LightKVPrefill, steps: 
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber", "renumber_prompt"])
-def test_stages_are_what_the_paper_says(model: Any, family: Family, positions: Any) -> None:
-    part = LightKVPrefill(layers=(1, 2, 4), windows=(1,), positions=positions, min_image_tokens=0)
+@pytest.mark.parametrize("split", ["alternating", "diverse"])
+def test_stages_are_what_the_paper_says(model: Any, family: Family, split: Any, positions: Any) -> None:
+    part = LightKVPrefill(
+        layers=(1, 2, 4), windows=(1,), split=split, positions=positions, min_image_tokens=0
+    )
     kept = compare(model, family, ROWS, part)
     assert [len(image) for image in kept[1][2]] == [8, 8]
     assert [len(image) for image in kept[2][2]] == [4, 4]
@@ -156,12 +163,14 @@ def test_stages_are_what_the_paper_says(model: Any, family: Family, positions: A
 
 @pytest.mark.parametrize("guidance", ["prompt", "none"])
 @pytest.mark.parametrize("raster", ["square", "grid"])
-def test_windows_of_images_of_any_shape(raster: Any, guidance: Any) -> None:
+@pytest.mark.parametrize("split", ["alternating", "diverse"])
+def test_windows_of_images_of_any_shape(split: Any, raster: Any, guidance: Any) -> None:
     part = LightKVPrefill(
         keep=0.4375,
         ratios=(0.5, 0.125),
         layers=(1, 3),
         windows=(2, 1),
+        split=split,
         raster=raster,
         guidance=guidance,
         min_image_tokens=0,
