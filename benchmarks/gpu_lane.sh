@@ -94,7 +94,7 @@ run_build() {
 run_tests() {
     local file name
     for file in tests/ops/test_gpu.py tests/ops/test_small_cases.py tests/python/test_decode_gpu.py \
-        tests/python/attention/test_attention_gpu.py tests/ops/test_*.py; do
+        tests/python/test_methods_gpu.py tests/python/attention/test_attention_gpu.py tests/ops/test_*.py; do
         name=tests-$(basename "$file" .py | sed s/^test_//)
         # Those over the tiers, and those for a GPU alone; those named first, once.
         if [ -e "$notes/$name.begun" ] || ! grep -qE 'backend: Backend|mark\.gpu' "$file"; then continue; fi
@@ -140,7 +140,8 @@ run_profile() {
 }
 
 run_decoder() {
-    part decoder 40 150 bash -c "'$python' -m lightvlm bench decoder --device cuda --json >'$out/decoder.json'"
+    part decoder 40 150 bash -c "'$python' -m lightvlm bench decoder --device cuda \
+        --method all --keep 0.35 0.15 0.03 --json >'$out/decoder.json'"
 }
 
 # As for the ops: a little before the limit it ends, and what is left is skipped.

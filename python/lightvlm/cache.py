@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 from .buffers import check_rows
 from .cache_file import load_cache, of_another_model, save_cache
 from .cache_layer import SLACK, CompactLayer
+from .host import upload
 from .methods.base import CachePart, PrecisionPart
 from .models.base import attention_kinds
 from .packed_eviction import evict_packed
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from lightvlm_ext.ops import Selection
 
+    from .methods.base import PromptChoice
     from .runtime import Run
     from .transcript import Transcript
 
@@ -215,9 +217,8 @@ class CompactCache(Cache):
         if isinstance(self.plan.precision, PrecisionPart):
             pack_generated(self.layers, self.plan.precision)
         policy = self.plan.cache
-        if policy is None:
+        if not isinstance(policy, CachePart) or not policy.evicts_generated:
             return False
-        assert isinstance(policy, CachePart)
         self.since_compaction += new_tokens
         if self.since_compaction < policy.interval and not self._full:
             return False
@@ -243,7 +244,7 @@ class CompactCache(Cache):
             [choice[1] for _, choice in moves],
         )
         for layer, (_, _, kept) in moves:
-            layer.compacted(kept, policy.recent)
+            layer.compacted(kept, policy.tail(kept))
             layer.dropped = True
         if self.transcript is not None:
             self.transcript.dropped = True
@@ -301,6 +302,20 @@ class CompactCache(Cache):
         counts = torch.stack([one.count for one in selections.values()]).tolist()
         for layer, kept in zip(layers, counts, strict=True):
             layer.compacted(kept, tail)
+            layer.dropped = True
+            layer.shrink(SLACK)
+
+    def keep_chosen(self, choices: dict[int, PromptChoice]) -> None:
+        """Keep what was chosen of the prompt just read, in one launch, and give the rest of growing buffers back.
+
+        Args:
+            choices: layer -> tokens, by their places in the prompt.
+        """
+        layers = [self.layers[index] for index in choices]
+        counts = [upload(one.kept, one.index.device) for one in choices.values()]
+        self._move(layers, [one.index for one in choices.values()], counts)
+        for layer, one in zip(layers, choices.values(), strict=True):
+            layer.compacted(one.kept, one.tail)
             layer.dropped = True
             layer.shrink(SLACK)
 

@@ -50,9 +50,9 @@ def make_plan(name: str, options: dict[str, Any]) -> Plan:
 def describe(name: str) -> dict[str, Any]:
     """A method's name, source, summary and options, as JSON-ready data.
 
-    A method function's own arguments come first, then the fields of its prefill part that they leave out. What an
-    argument means is in the field of its name, of the prefill or the precision part, in the cache part's for
-    ``decode_...``, or in the plan's.
+    A method function's own arguments come first, then the fields that they leave out of its first part. What an
+    argument means is in the field of its name, of the prefill or the precision part, in the cache part's (also for
+    ``decode_...``), or in the plan's.
     """
     found = METHODS[name]
     signature = inspect.signature(found.make)
@@ -67,7 +67,14 @@ def describe(name: str) -> dict[str, Any]:
             options.append(_option(argument.name, argument.default, field))
     named = {option["name"] for option in options}
     if any(argument.kind is argument.VAR_KEYWORD for argument in signature.parameters.values()):
-        options += [_option(key, field.default, field) for key, field in prefill.items() if key not in named]
+        part = (
+            plan.prefill or plan.cache or plan.precision
+        )  # a preset has other values than the part's defaults
+        options += [
+            _option(key, getattr(part, key), field)
+            for key, field in _fields(part).items()
+            if key not in named
+        ]
     summary = re.sub(r":\w+:`([^`]*)`", r"\1", (inspect.getdoc(found.make) or "").partition("\n")[0])
     return {"name": name, "source": found.source, "summary": summary, "options": options}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -36,6 +36,12 @@ def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int32) 
     if device.type != "cuda":
         return on_host.to(device)
     return on_host.pin_memory().to(device, non_blocking=True)
+
+
+def rectangular(rows: Sequence[list[int]], fill: int = 0) -> list[list[int]]:
+    """Rows of the same length, at least 1, filled up at their ends."""
+    width = max(1, *map(len, rows))
+    return [row + [fill] * (width - len(row)) for row in rows]
 
 
 def download(x: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ BLOCK = 64
 
 @dataclass
 class PromptKV:
-    """Tokens of the prompt in one number of bits; one block of channel scales holds them all.
+    """Tokens of the prompt in one number of bits; one block of channel scales holds them all, unless the plan says how
+    many.
 
     counts: tokens of each row, on the host.   mass (B, Hkv, N) fp32: attention that each received, or None.
     """
@@ -95,7 +96,7 @@ class PackedStore:
             heads = self.sinks.key.shape[2]
             used += sum(self.sink_counts) * heads * _row_bytes(self.sinks.key, self.sinks.value)
         for one in self.prompt:
-            blocks = sum(count > 0 for count in one.counts)  # one holds all that a row has
+            blocks = sum(-(-count // one.packed.block) for count in one.counts)
             used += _bytes_of_packed(one.packed, sum(one.counts), blocks)
         for storage in self.generated.values():
             if storage.packed is not None:

@@ -51,7 +51,22 @@ def check_storage(plan: Plan | None, head_width: int) -> None:
         return
     if not isinstance(part, PrecisionPart):
         raise ValueError(f"plan.precision is a {type(part).__name__}, which this version does not know")
-    if isinstance(cache, CachePart):
+    if isinstance(cache, CachePart) and cache.evicts_prompt:
+        if part.separates:
+            raise ValueError(
+                "plan.precision has low_bits for tokens of the prompt, from which plan.cache evicts; use one of the two"
+            )
+        if part.keep_text:
+            raise ValueError(
+                "plan.precision has keep_text, but which of the text is left is for plan.cache to choose; use one of "
+                "the two"
+            )
+    if isinstance(cache, CachePart) and cache.evicts_generated:
+        if cache.per_head:
+            raise ValueError(
+                "plan.cache evicts per head while decoding, and packed tokens are all heads' together; use "
+                "per_head=False with plan.precision"
+            )
         if not cache.wants_mass:
             raise ValueError(
                 "plan.cache must score by the attention added up while decoding (score='mass') where plan.precision "
@@ -60,6 +75,11 @@ def check_storage(plan: Plan | None, head_width: int) -> None:
         if type(cache).budget is CachePart.budget:
             raise ValueError(
                 f"plan.cache, a {type(cache).__name__}, has no budget, which plan.precision needs"
+            )
+        if part.prompt_block is not None:
+            raise ValueError(
+                "plan.precision has prompt_block, and plan.cache evicts single tokens of the prompt while decoding, "
+                "which would leave the others with scales that are not theirs; use one of the two"
             )
     if head_width not in PACKED_HEAD_DIMS:
         raise ValueError(
@@ -174,7 +194,9 @@ def _pack_layer(
         if max(found) > 0:
             places = group.index[:, : max(found)]
             key, value = _take(layer, places, group.count)
-            packed = ops.quantize_kv(key, value, bits=group.bits, lens=group.count.clone())
+            packed = ops.quantize_kv(
+                key, value, bits=group.bits, lens=group.count.clone(), block=part.prompt_block
+            )
             store.prompt.append(PromptKV(packed, found, _take_mass(layer, places, group.count)))
     store.in_order = len(store.prompt) <= 1 and max(map(len, kept), default=0) <= part.sinks
     index, count = _places([end - last for (_, end), last in zip(spans, recent, strict=True)], recent, device)
@@ -244,13 +266,24 @@ def _move_to_front(layers: list[CompactLayer], gone: int) -> None:
 
 
 def move_rows(layers: Sequence[CompactLayer], index: list[Tensor], count: list[Tensor]) -> None:
-    """Move rows of the buffers, and what they received, to the front: all layers in one launch."""
+    """Move rows of the buffers, and what they received, to the front: all layers in one launch.
+
+    index: for each layer (B, M), or (B, Hkv, M) where heads keep tokens of their own.   count: for each (B,).
+    """
+    masses: list[list[Tensor]] = []
+    counts = []
+    for layer, at, number in zip(layers, index, count, strict=True):
+        heads = at.shape[1] if at.dim() == 3 else 0
+        counts.append(number[:, None].repeat(1, heads) if heads else number)
+        # compact_kv_ reads (B, Hkv, N) first with an index per head, and (B, N, Hkv) first without
+        received = layer.mass if heads or layer.mass is None else layer.mass.transpose(1, 2)
+        masses.append([] if received is None else [received])
     ops.compact_kv_(
         [layer.key_storage for layer in layers],
         [layer.value_storage for layer in layers],
         index,
-        count,
-        extras=[[] if layer.mass is None else [layer.mass.transpose(1, 2)] for layer in layers],
+        counts,
+        extras=masses,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from .buffers import check_rows
 from .cache import CompactCache
 from .cache_file import load_cache
 from .host import upload
+from .methods.base import CachePart
 from .paged_conversion import to_pages
 from .paged_layer import PagedLayer
 from .pages import KVPages
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from lightvlm_ext.ops import Selection
 
     from .cache_layer import CompactLayer
+    from .methods.base import PromptChoice
     from .plan import Plan
 from .positions import select_rows
 
@@ -73,6 +76,11 @@ class PagedCompactCache(CompactCache):
         if plan.precision is not None:
             raise ValueError(
                 "plan.precision packs the cache, and pages hold 16 or 32 bits; use a CompactCache"
+            )
+        if isinstance(plan.cache, CachePart) and plan.cache.per_head:
+            raise ValueError(
+                "plan.cache keeps other tokens in every head, and a page holds all heads of its tokens; use "
+                "per_head=False, or a CompactCache"
             )
         super()._set_plan(plan)
 
@@ -134,6 +142,14 @@ class PagedCompactCache(CompactCache):
             left_out = upload(self.layers[index].left_out, self.pages.device)
             here[index] = selection._replace(index=selection.index - left_out[:, None])
         super().keep_only(here, tail)
+
+    def keep_chosen(self, choices: dict[int, PromptChoice]) -> None:
+        """As of a CompactCache; the places are those of the prompt, too."""
+        here = {}
+        for index, choice in choices.items():
+            left_out = upload(self.layers[index].left_out, self.pages.device)
+            here[index] = dataclasses.replace(choice, index=choice.index - left_out[:, None])
+        super().keep_chosen(here)
 
     def _move(self, layers: Sequence[CompactLayer], index: list[Tensor], count: list[Tensor]) -> None:
         move_pages([layer for layer in layers if isinstance(layer, PagedLayer)], index, count)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightvlm_ext import ops
 
-from .host import upload
+from .host import rectangular, upload
 from .layout import RowLayout
 from .methods.base import Probe
 
@@ -84,9 +84,8 @@ def spread(
             [start + at for at in row.text_positions() if at < question_tokens(row, drafts)]
             for row, start in zip(level.rows, level.starts, strict=True)
         ]
-        width = max(1, *map(len, places))
         lens = upload([len(row) for row in places], key.device)
-        index = upload([row + [-1] * (width - len(row)) for row in places], key.device)
+        index = upload(rectangular(places, -1), key.device)
         key = ops.gather_tokens(key, index, lens)
     leftpad = None if lens is not None else upload(level.starts, key.device)
     received = ops.importance(

@@ -29,6 +29,8 @@ class Report:
             "prefill").
         later_bytes: bytes kept for that after the last step, on the host or the device.
         seconds: per phase ("prefill", "decode"); the model's time, images included, without the language-model head.
+        own_seconds: the method's own work while prompts were read: planning, probes, choices, reductions and cuts, and
+            ops outside of them (these on a CPU alone). Part of the prefill's time, but for ops on the cache after it.
         op_calls, op_seconds: per op; on a GPU seconds are left out, because measuring them would synchronise.
         compactions: times the cache was compacted while decoding.
         graph: of :func:`lightvlm.generate`, where a CUDA graph did the steps: "captures", and "replays" (tokens).
@@ -53,6 +55,7 @@ class Report:
     reread: int = 0
     later_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    own_seconds: float = 0.0
     op_calls: dict[str, int] = field(default_factory=dict)
     op_seconds: dict[str, float] = field(default_factory=dict)
     compactions: int = 0
@@ -88,6 +91,8 @@ class Report:
                 ("decode steps from a CUDA graph", "{replays}, captured {captures}x".format(**self.graph))
             )
         rows += [(f"{phase} time", f"{seconds * 1e3:.1f} ms") for phase, seconds in self.seconds.items()]
+        if self.own_seconds:
+            rows.append(("the method's own work at prefill", f"{self.own_seconds * 1e3:.2f} ms"))
         for name, calls in sorted(self.op_calls.items()):
             seconds = self.op_seconds.get(name)
             rows.append(

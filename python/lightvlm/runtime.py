@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from . import attention_hook, calls, later
 from .flops import head_width
 from .layout import BatchLayout, LayoutError, read_layout
-from .methods.base import AttentionPart, PrecisionPart, PrefillPart
+from .methods.base import AttentionPart, CachePart, PrecisionPart, PrefillPart
 from .models import find_adapter
 from .models.base import Adapter
 from .packing import check_storage
 from .plan import Plan
 from .positions import ShiftedTables, decoder_positions
 from .probing import check_look_ahead
+from .prompt_eviction import PromptEviction, check_eviction
 from .report import Report
 from .session import Prefill, text_places
 from .sparse_attention import SparsePrefill
@@ -72,6 +73,7 @@ def attach(model: nn.Module, plan: Plan, *, trace: bool = False) -> Run:
     if any(hasattr(attention, "_lightvlm_run") for attention in adapter.attentions):
         raise ValueError("model is attached already; detach the other run first")
     _check_precision(plan, adapter)
+    check_eviction(plan)
     attention_hook.check_implementation(adapter.decoder.config._attn_implementation)
     if isinstance(plan.prefill, PrefillPart):
         stages = plan.prefill.stages(len(adapter.layers))
@@ -113,6 +115,7 @@ class Run:
         self._signature = inspect.signature(adapter.base.forward)
         self._prefill: Prefill | None = None
         self._sparse: SparsePrefill | None = None
+        self._eviction: PromptEviction | None = None
         self._cache: CompactCache | None = None
         self._layout: BatchLayout | None = None
         self._text: list[list[list[int]]] | None = None
@@ -128,7 +131,7 @@ class Run:
         part, depth = plan.prefill, len(adapter.layers)
         self._reduces = isinstance(part, PrefillPart) and bool(part.stages(depth))
         probe = part.tower if self._reduces and isinstance(part, PrefillPart) else None
-        self._tower = None if probe is None else Tower(adapter, probe)
+        self._tower = None if probe is None else Tower(adapter, probe, self._stats.own_work)
         config = adapter.decoder.config
         self._original: str = config._attn_implementation
         self._named = copy.copy(config)  # says the original's name while ours is set
@@ -259,7 +262,7 @@ class Run:
             raise ValueError(
                 "past_key_values is a cache whose conversation was being read anew when a call failed; reset it"
             )
-        self._observer = self._observe(self._stats.add_op)
+        self._observer = self._observe(lambda call: self._stats.add_op(call, self._prompt))
         self._observer.__enter__()
         try:
             if cache is not None and cache.get_seq_length() > 0:
@@ -325,8 +328,10 @@ class Run:
     def plan_prompt(self, layout: BatchLayout, inputs: dict[str, Any], drafts: int) -> None:
         """Treat the call as a prompt of this layout."""
         self._prompt, self.kept, self._layout = True, {}, layout
-        self._prefill = self._plan_prefill(layout, inputs, drafts)
-        self._sparse = self._plan_sparse(layout, inputs, drafts)
+        planned = self.plan.prefill is not None
+        with self._stats.own_work(self._device) if planned else contextlib.nullcontext():
+            self._prefill = self._plan_prefill(layout, inputs, drafts)
+            self._sparse = self._plan_sparse(layout, inputs, drafts)
 
     def _step_aside(self, reason: str) -> None:
         """Note that the plan does not apply, if there is anything that it would have done."""
@@ -421,7 +426,8 @@ class Run:
         """What the tower showed of the call's own images, or why nothing; None where it brings none, or nobody asks."""
         if self._tower is None or layout is None or not layout.has_images:
             return None
-        return self._tower.read(layout, self._device)
+        with self._stats.own_work(self._device):
+            return self._tower.read(layout, self._device)
 
     def _before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._shifted is not None:
@@ -434,7 +440,9 @@ class Run:
             return None
         hidden = args[0] if args else kwargs.pop("hidden_states")
         assert isinstance(hidden, Tensor)
-        hidden = self._prefill.enter(index, hidden, kwargs)
+        own = index == 0 or index in self._prefill.stages
+        with self._stats.own_work(self._device) if own else contextlib.nullcontext():
+            hidden = self._prefill.enter(index, hidden, kwargs)
         if self._trace and index in self._prefill.stages:
             self.kept[index] = self._prefill.kept()
         return (hidden, *args[1:]), kwargs
@@ -463,13 +471,15 @@ class Run:
             else:
                 out, weights = call(module, query, key, value, mask, **kwargs)
             if self._prefill is not None and self._prefill.scores_at(index):
-                self._prefill.score(query, key, scale)
+                with self._stats.own_work(query.device):
+                    self._prefill.score(query, key, scale)
             if layer is not None and self._layout is not None:
                 starts = level.starts if level is not None else [row.leftpad for row in self._layout.rows]
                 shortened = self._prefill is not None and self._prefill.reduced
                 tail = level.tail if level is not None and shortened else self._layout.length
                 layer.begin(starts, self._layout.length, tail, shortened)
-                if self._sparse is None or index < self._sparse.part.full_layers:
+                evicts = self._observe_prompt(index, query, key, value, scale)
+                if not evicts and (self._sparse is None or index < self._sparse.part.full_layers):
                     # at once, so that a prompt is never in 16 bits in more than one layer
                     assert self._cache is not None
                     self._cache.pack_prompt(None, self._unsure, text=self._text_places(), only=index)
@@ -483,6 +493,28 @@ class Run:
             layer.remember_queries(query.transpose(1, 2), scale)
         return out, weights
 
+    def _observe_prompt(
+        self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+    ) -> bool:
+        """Show a layer's attention to a cache method that evicts from the prompt; whether there is one."""
+        part = self._cache.plan.cache if self._cache is not None else None
+        if not isinstance(part, CachePart) or not part.evicts_prompt or self._layout is None:
+            return False
+        # attach refuses such a plan, but this one may be the cache's own
+        if self._sparse is not None and self._sparse.part.unimportant == "drop":
+            if index == 0:
+                self._stats.step_aside(
+                    "the cache's plan evicts from a prompt whose tokens the run's plan drops"
+                )
+            return False
+        if self._eviction is None:
+            depth = len(self._adapter.layers)
+            self._eviction = PromptEviction(part, self._layout, depth, self._unsure)
+        level = self._prefill.level if self._prefill is not None else None
+        with self._stats.own_work(query.device):
+            self._eviction.observe(index, level, query, key, value, scale)
+        return True
+
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> Any:
         try:
             if output is not None:  # None: the forward raised
@@ -495,6 +527,10 @@ class Run:
 
     def _finish(self, output: Any) -> None:
         cache = self._cache
+        evicted = False
+        if self._eviction is not None and cache is not None:
+            with self._stats.own_work(self._device):
+                evicted = self._eviction.evict(cache)
         if cache is not None and not self._prompt:
             self._stats.compactions += cache.step(calls.new_tokens(output), self._unsure)
         if self._timer is not None:
@@ -513,7 +549,7 @@ class Run:
         if self._call is not None:
             if self._prompt:
                 drops = self._sparse is not None and self._sparse.part.unimportant == "drop"
-                self._call.transcript.dropped = self._prefill is not None or drops
+                self._call.transcript.dropped = self._prefill is not None or drops or evicted
             self._stats.add_later(self._call.anew is not None, self._call.transcript.nbytes)
         self._stats.add_cache(cache if cache is not None else getattr(output, "past_key_values", None))
 
@@ -530,7 +566,7 @@ class Run:
     def _forget(self) -> None:
         """Drop what belongs to one call of the model, also where the call before did not get to its end."""
         self._prefill = self._sparse = self._layout = self._cache = self._call = self._shifted = None
-        self._text = None
+        self._text = self._eviction = None
         self._prompt, self._own, self._unsure = False, False, 0
         if self._tower is not None:
             self._tower.end_call()

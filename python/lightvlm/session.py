@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightvlm_ext import ops
 
-from .host import upload
+from .host import rectangular, upload
 from .layout import FIRST_IMAGE, TEXT, BatchLayout, RowLayout
 from .methods.base import Picture, PrefillPart, Probe, Stage, StageInput
 from .models.base import Adapter
@@ -199,8 +199,8 @@ class Prefill:
 
     def enter(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The hidden states a layer shall get; its keyword arguments are cut to them in place."""
-        if layer == 0:
-            self._raters = self.part.raters(hidden, self._segment(), self._codes == TEXT)
+        if layer == 0 and self.stages:
+            self._raters = self._choose_raters(hidden)
         stage = self.stages.get(layer)
         if stage is not None:
             self._look_ahead(layer, hidden, self._inputs if self.reduced else kwargs)
@@ -208,6 +208,19 @@ class Prefill:
         if self.reduced:
             kwargs.update(self._inputs)
         return hidden
+
+    def _choose_raters(self, hidden: Tensor) -> Tensor | None:
+        pictures = [
+            _pictures(row, start, None) for row, start in zip(self.level.rows, self.level.starts, strict=True)
+        ]
+        return self.part.raters(hidden, pictures, self._ends())
+
+    def _ends(self) -> list[int]:
+        """Where the question of each row ends."""
+        return [
+            start + question_tokens(row, self.drafts)
+            for row, start in zip(self.level.rows, self.level.starts, strict=True)
+        ]
 
     def _look_ahead(self, layer: int, hidden: Tensor, inputs: dict[str, Any]) -> None:
         """Score with the queries and keys that the coming layer would have, where the method asks for them."""
@@ -241,8 +254,7 @@ class Prefill:
         return torch.where(self._codes >= FIRST_IMAGE, self._codes - FIRST_IMAGE, -1).to(torch.int32)
 
     def _reduce(self, stage: StagePlan, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        images = max(len(kept) for kept in stage.keep)
-        keep = upload([kept + [0] * (images - len(kept)) for kept in stage.keep], hidden.device)
+        keep = upload(rectangular(stage.keep), hidden.device)
         if self.part.counts_sizes and self._sizes is None:
             self._sizes = torch.ones(hidden.shape[:2], device=hidden.device)
         text = self._codes == TEXT
@@ -310,7 +322,10 @@ class Prefill:
         ]
         changed = upload(lost, device, torch.bool)[:, None]
         starts = upload(self.level.starts, device)[:, None]
-        places = (torch.arange(self.level.length, device=device) - starts).clamp_min(0)
+        slots = torch.arange(self.level.length, device=device)
+        places = (slots - starts).clamp_min(0)
+        if self.part.positions == "renumber_prompt":  # an answer stands where it would be generated
+            changed = changed & (slots < upload(self._ends(), device)[:, None])
         tables = self._adapter.rotary_tables(hidden, places)
         old = self._inputs["position_embeddings"]
         self._inputs["position_embeddings"] = tuple(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _PENDING = 4096
 """Times that may wait to be asked for; the older half of them is long known by then."""
+_OWN_WORK = "own work"
 
 
 class Timer:
@@ -66,6 +68,8 @@ class Statistics:
         self._bytes = (0, 0, 0)
         self._times: list[tuple[str, Callable[[], float]]] = []
         self._seconds: dict[str, float] = {}
+        self._at_own_work = False
+        self._own_op_seconds = 0.0
         self._op_calls: Counter[str] = Counter()
         self._op_seconds: dict[str, float] = {}
         self._attending = [0] * layers
@@ -96,10 +100,27 @@ class Statistics:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds()
         del self._times[:count]
 
-    def add_op(self, call: OpCall) -> None:
+    @contextlib.contextmanager
+    def own_work(self, device: torch.device) -> Iterator[None]:
+        """Count what runs inside as the method's own work at prefill; inside another such block it counts once."""
+        if self._at_own_work:
+            yield
+            return
+        self._at_own_work, timer = True, Timer(device)
+        try:
+            yield
+        finally:
+            self._at_own_work = False
+            self.add_time(_OWN_WORK, timer.stop())
+
+    def add_op(self, call: OpCall, prompt: bool = False) -> None:
+        """Count a call of an op; ``prompt``: it was made while a prompt was read."""
         self._op_calls[call.name] += 1
-        if call.seconds is not None:
-            self._op_seconds[call.name] = self._op_seconds.get(call.name, 0.0) + call.seconds
+        if call.seconds is None:
+            return
+        self._op_seconds[call.name] = self._op_seconds.get(call.name, 0.0) + call.seconds
+        if prompt and not self._at_own_work:
+            self._own_op_seconds += call.seconds
 
     def add_calls(self, calls: Counter[str]) -> None:
         """Count calls that a captured step makes by itself."""
@@ -171,7 +192,8 @@ class Statistics:
             kv_compression=self._bytes[2] / self._bytes[0] if self._bytes[0] else 1.0,
             reread=self._reread,
             later_bytes=self._later_bytes,
-            seconds=dict(self._seconds),
+            seconds={phase: seconds for phase, seconds in self._seconds.items() if phase != _OWN_WORK},
+            own_seconds=self._seconds.get(_OWN_WORK, 0.0) + self._own_op_seconds,
             op_calls=dict(self._op_calls),
             op_seconds=dict(self._op_seconds),
             compactions=self.compactions,

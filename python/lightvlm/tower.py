@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,14 +51,19 @@ class Tower:
     Scores are attention as the layer computes it (softmax over all its tokens, the class token included, logits scaled
     as the layer scales them), mean over heads, in fp32: of the class token to each patch, or what a patch receives,
     mean over all tokens of its picture. Keys are what attention gets, rotated where the tower rotates them, mean over
-    heads. Where the model joins patches into a token, the token has their mean.
+    heads. Where the model joins patches into a token, the token has their mean. ``own_work`` is around what this costs.
 
     Raises:
         ValueError: a tower that is built otherwise than the family's, or a layer that it does not have.
     """
 
-    def __init__(self, adapter: Adapter, probe: TowerProbe) -> None:
-        self._adapter, self._probe = adapter, probe
+    def __init__(
+        self,
+        adapter: Adapter,
+        probe: TowerProbe,
+        own_work: Callable[[torch.device], AbstractContextManager[None]],
+    ) -> None:
+        self._adapter, self._probe, self._own_work = adapter, probe, own_work
         attentions = adapter.tower_attentions()
         if not -len(attentions) <= probe.layer < len(attentions):
             raise ValueError(
@@ -115,7 +122,8 @@ class Tower:
             lengths = [rows * columns for frames, rows, columns in self._grids for _ in range(frames)]
         if sum(lengths) == query.shape[2]:
             pairs = zip(query.detach().split(lengths, 2), key.detach().split(lengths, 2), strict=True)
-            self._chunks += [self._measure(q, k, kwargs.get("scaling")) for q, k in pairs]
+            with self._own_work(query.device):
+                self._chunks += [self._measure(q, k, kwargs.get("scaling")) for q, k in pairs]
         return found
 
     def _measure(self, query: Tensor, key: Tensor, scale: float | None) -> Tensor:
@@ -134,7 +142,10 @@ class Tower:
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         chunks, self._chunks = self._chunks, []
         grids, self._grids = self._grids, None
-        seen = self._join(chunks, grids) if chunks and output is not None else None
+        if not chunks or output is None:
+            return
+        with self._own_work(chunks[0].device):
+            seen = self._join(chunks, grids)
         if seen is None:
             return
         if hasattr(output, "pooler_output"):

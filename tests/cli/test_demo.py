@@ -66,9 +66,9 @@ def test_demo(shown):
     for row in found["rows"]:
         assert 0 < row["prefill_seconds"] <= row["total_seconds"]
         assert 0 <= row["accuracy"] <= 1
-    same = ("image_tokens", "final_image_tokens", "flops_share", "kv_bytes")
-    for mine, random in zip(rows[:3], rows[3:], strict=True):
-        assert [mine[key] for key in same] == [random[key] for key in same]
+    for mine, random in zip(rows[:3], rows[3:], strict=True):  # random dropping may do more work, never less
+        assert mine["final_image_tokens"] == random["final_image_tokens"]
+        assert all(mine[key] < random[key] for key in ("image_tokens", "flops_share", "kv_bytes"))
     assert set(found["op_calls"]) >= OPS
     whole, compacted, both = found["decode"]["rows"]
     assert found["decode"]["new_tokens"] == 70

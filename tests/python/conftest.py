@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from python.matrix import build
 from python.tiny import INTERNVL, LLAVA, QWEN, Family
 
 
@@ -20,7 +21,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def _models() -> dict[tuple[str, torch.dtype], Any]:
+def _models() -> dict[Any, Any]:
     return {}
 
 
@@ -45,13 +46,31 @@ def qwen(_models: dict[Any, Any]) -> Iterator[Any]:
     yield from _shared(QWEN, torch.float32, _models)
 
 
-def _shared(family: Family, dtype: torch.dtype, models: dict[Any, Any]) -> Iterator[Any]:
+@pytest.fixture
+def small(family: Family, _models: dict[Any, Any]) -> Iterator[Any]:
+    """The method matrix's fp32 model of each family."""
+    yield from _shared(family, torch.float32, _models, build)
+
+
+@pytest.fixture
+def small_bf16(family: Family, _models: dict[Any, Any]) -> Iterator[Any]:
+    """The same in bf16."""
+    yield from _shared(family, torch.bfloat16, _models, build)
+
+
+def _shared(
+    family: Family, dtype: torch.dtype, models: dict[Any, Any], make: Callable[..., Any] = Family.build
+) -> Iterator[Any]:
     """A model that tests share, because each must leave it as it was: checked after every test."""
-    if (family.name, dtype) not in models:
-        models[family.name, dtype] = family.build(dtype)
-    found = models[family.name, dtype]
+    key = (make, family.name, dtype)
+    if key not in models:
+        models[key] = make(family, dtype)
+    found = models[key]
     yield found
-    assert found.model.language_model.config._attn_implementation == "sdpa"
+    configs = [
+        module.config for module in found.modules() if hasattr(module, "config")
+    ]  # the vision tower's, too
+    assert {config._attn_implementation for config in configs} == {"sdpa"}
     assert not any(ours(hook) for module in found.modules() for hook in hooks(module))
 
 

@@ -47,6 +47,11 @@ class SlowDecoder:
         """Logits (M, V) of every token that is left of a prompt of one row without padding."""
         ids = inputs["input_ids"][0]
         hidden, sizes = self._embed(inputs)
+        self._sides = [(math.isqrt(size), math.isqrt(size)) for size in sizes]
+        if "image_grid_thw" in inputs:
+            self._sides = [
+                (height // 2, width // 2) for _, height, width in inputs["image_grid_thw"].tolist()
+            ]
         segment = _segments(ids, sizes)
         within = [segment[:i].count(segment[i]) if segment[i] >= 0 else -1 for i in range(len(segment))]
         positions = self._positions(inputs)
@@ -172,13 +177,16 @@ class SlowDecoder:
         assert self.prefill is not None
         if self.prefill["kind"] == "random":
             scores = torch.tensor([self.prefill["random"][i] if i >= 0 else 0.0 for i in within]).double()
-        assert scores is not None
         out = hidden.clone()
         left = [i for i in range(len(segment)) if segment[i] < 0]
         for image, size in enumerate(sizes):
             tokens = [i for i in range(len(segment)) if segment[i] == image]
             budget = min(len(tokens), max(1, math.floor(keep * size + 0.5)))
-            chosen = self._choose(tokens, scores, hidden, budget)
+            if scores is None:  # before the first layer
+                order = even_order(*self._sides[image])
+                chosen = sorted(sorted(tokens, key=lambda i: order[within[i]])[:budget])
+            else:
+                chosen = self._choose(tokens, scores, hidden, budget)
             left += chosen
             self._merge(out, hidden, scores, chosen, [i for i in tokens if i not in chosen])
         left.sort()
@@ -203,13 +211,15 @@ class SlowDecoder:
         return sorted(chosen)
 
     def _merge(
-        self, out: Tensor, hidden: Tensor, scores: Tensor, kept: list[int], dropped: list[int]
+        self, out: Tensor, hidden: Tensor, scores: Tensor | None, kept: list[int], dropped: list[int]
     ) -> None:
         assert self.prefill is not None
         how = self.prefill.get("merge", "drop" if self.prefill["kind"] == "random" else "uniform")
         if how == "drop":
             return
-        weight = [max(float(s), 0.0) if how == "score" else 1.0 for s in scores]
+        weight = [1.0] * len(hidden)
+        if how == "score" and scores is not None:
+            weight = [max(float(s), 0.0) for s in scores]
         sums = {i: (weight[i] * hidden[i], weight[i]) for i in kept}
         for i in dropped:
             likeness = [_cosine(hidden[i], hidden[j]) for j in kept]
@@ -306,6 +316,22 @@ class SlowDecoder:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.model.lm_head(self.model.model.language_model.norm(hidden))
+
+
+def even_order(height: int, width: int) -> list[int]:
+    """When each token of a grid is taken, in reading order: Bayer's matrix of the next power of two, cut to the grid.
+
+    A matrix twice as large has, in each 2 x 2 block of its halves, the smaller matrix four times, taken in the order
+    upper left, lower right, upper right, lower left.
+    """
+    matrix = [[0]]
+    while len(matrix) < max(height, width):
+        matrix = [
+            [4 * value + first for value in row] + [4 * value + second for value in row]
+            for first, second, half in ((0, 2, matrix), (3, 1, matrix))
+            for row in half
+        ]
+    return [matrix[row][column] for row in range(height) for column in range(width)]
 
 
 def _segments(ids: Tensor, sizes: list[int]) -> list[int]:

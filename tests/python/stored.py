@@ -27,12 +27,13 @@ class Reader:
 class Told(CachePart):
     """Scores by mass, or by ``rows`` queries.
 
-    kept: layer's id -> places of each row that stay, in 16 bits.   room: the budget of packed layers.
+    kept: layer's id -> places of each row that stay, or for each row those of each head, in 16 bits.   room: the budget
+    of packed layers.
     """
 
     interval: int
     recent: int
-    kept: dict[Any, list[list[int]]]
+    kept: dict[Any, list[Any]]
     room: list[int] = dataclasses.field(default_factory=lambda: [0])
     demoting: bool = False
     rows: int = 0
@@ -52,9 +53,14 @@ class Told(CachePart):
         rows = self.kept.get(id(layer))
         if rows is None:
             return None
-        counts = [len(row) for row in rows]
-        # what stands past the count is not read
-        index = [row + [-7] * (max(counts) - len(row)) for row in rows]
+        per_head = any(isinstance(place, list) for row in rows for place in row)
+        counts = [len(row[0]) if per_head else len(row) for row in rows]
+        longest = max(counts)
+
+        def padded(places: list[int]) -> list[int]:  # what stands past the count is not read
+            return places + [-7] * (longest - len(places))
+
+        index = [[padded(head) for head in row] if per_head else padded(row) for row in rows]
         return torch.tensor(index, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32), counts
 
 

@@ -63,7 +63,7 @@ class DenseCache(RuleBasedStateMachine):
         """``rows``: queries that the cache remembers; 0: it adds up the attention that tokens receive."""
         self.capacity, self.query_rows = capacity, rows
         self.random = torch.Generator().manual_seed(seed)
-        self.kept: dict[Any, list[list[int]]] = {}
+        self.kept: dict[Any, list[Any]] = {}
         plan = Plan(cache=Told(interval=1, recent=RECENT, kept=self.kept, rows=rows))
         self.run = Reader(plan)
         self.cache = CompactCache(CONFIG, plan, capacity=capacity)
@@ -185,6 +185,40 @@ class DenseCache(RuleBasedStateMachine):
                 left = [at for at in range(len(row.tokens)) if at >= free or flags[at]]
                 row.tokens = [row.tokens[at] for at in left]
                 chosen.append([row.padding + at for at in left])
+                row.padding = 0
+            self.kept[id(self.cache.layers[index])] = chosen
+            layer.ragged = True
+            layer.tail = min(layer.tail, RECENT, *(len(row.tokens) for row in layer.rows))
+        assert self.cache.step(1) is bool(self.kept)
+        self.kept.clear()
+
+    @precondition(lambda self: self.filled)
+    @rule(data=st.data())
+    def compact_heads(self, data: Any) -> None:
+        """Every head keeps tokens of its own, as many as the others, and the last RECENT of a row."""
+        self.kept.clear()
+        for index, layer in enumerate(self.layers):
+            if not data.draw(st.booleans()):
+                continue
+            chosen: list[list[list[int]]] = []
+            for row in layer.rows:
+                free = max(0, len(row.tokens) - RECENT)
+                number = data.draw(st.integers(0, free))
+                heads = [
+                    sorted(data.draw(st.permutations(range(free)))[:number])
+                    + list(range(free, len(row.tokens)))
+                    for _ in range(HEADS)
+                ]
+                row.tokens = [
+                    Token(
+                        *(
+                            torch.stack([getattr(row.tokens[at], name)[head] for head, at in enumerate(own)])
+                            for name in ("key", "value", "mass")
+                        )
+                    )
+                    for own in zip(*heads, strict=True)
+                ]
+                chosen.append([[row.padding + at for at in own] for own in heads])
                 row.padding = 0
             self.kept[id(self.cache.layers[index])] = chosen
             layer.ragged = True

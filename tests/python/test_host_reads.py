@@ -35,11 +35,16 @@ READS = (
 DISPATCHED = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2")
 
 
+ON_HOST = ("lightvlm_ext", "methods/windows.py")
+"""Code whose reads are no device's: the ops and their references, and tables of LightKV made of the host's numbers."""
+
+
 def in_ops() -> bool:
-    """Whether the caller is an op or its reference, or what stands for a kernel on a CPU."""
+    """Whether the caller is one of these, or what stands for a kernel on a CPU."""
     frame: Any = sys._getframe(2)
     while frame is not None:
-        if "lightvlm_ext" in frame.f_code.co_filename or frame.f_code.co_name == "_row_by_row":
+        code = frame.f_code
+        if any(part in code.co_filename for part in ON_HOST) or code.co_name == "_row_by_row":
             return True
         frame = frame.f_back
     return False

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightvlm.layout import RowLayout, Run
-from lightvlm.methods.base import Stage, StageInput, keep_count
+from lightvlm.methods.base import Stage, StageInput, keep_count, scaled_layers
 from lightvlm.methods.lightvlm import LightVLMPrefill, default_layers
 from lightvlm.methods.random import RandomPrefill
 from lightvlm.session import Level, plan_stage
@@ -38,22 +38,57 @@ def test_keep_count(tokens: int, keep: float) -> None:
 
 
 @pytest.mark.parametrize("depth", [2, 3, 4, 5, 8, 24, 28, 32, 80])
-def test_default_schedule(depth: int) -> None:
+@pytest.mark.parametrize(("keep", "first"), [(0.03, 0.5), (0.25, 0.5), (0.35, 0.7), (0.5, 1.0), (0.6, 1.0)])
+def test_default_schedule(depth: int, keep: float, first: float) -> None:
     layers = default_layers(depth)
     assert list(layers) == sorted(set(layers))
     assert layers[0] >= 1
     assert layers[-1] < depth
-    stages = LightVLMPrefill(keep=0.35).stages(depth)
+    stages = LightVLMPrefill(keep=keep).stages(depth)
+    if first < 1:
+        assert stages[0] == Stage(0, first)
+        stages = stages[1:]
     assert [stage.layer for stage in stages] == list(layers)
-    assert stages[-1].keep == 0.35
-    ratios = [b.keep / a for a, b in zip([1.0, *(s.keep for s in stages)], stages, strict=False)]
+    assert stages[-1].keep == keep
+    ratios = [b.keep / a for a, b in zip([first, *(s.keep for s in stages)], stages, strict=False)]
     assert ratios == pytest.approx([ratios[0]] * len(ratios))
-    assert RandomPrefill(keep=0.35).stages(depth) == stages
 
 
 def test_documented_schedules() -> None:
-    assert default_layers(8) == (2, 3, 5)
-    assert default_layers(28) == (2, 8, 16)
+    assert default_layers(8) == (3, 5, 6)
+    assert default_layers(28) == (10, 18, 21)
+    assert [stage.layer for stage in RandomPrefill().stages(28)] == [2, 8, 16]
+
+
+@pytest.mark.parametrize(
+    ("published", "depth", "layers", "expected"),
+    [
+        ((2, 6, 15), 32, 32, (2, 6, 15)),
+        ((2, 6, 15), 32, 28, (2, 5, 13)),
+        ((1, 2, 3), 4, 32, (8, 16, 24)),
+        ((6, 7, 8), 28, 8, (2, 3, 4)),  # 1.7, 2, 2.3 of 8: each above the one before
+        ((6, 7, 8), 28, 3, (1, 2)),  # no room for a third
+        ((6, 7, 8), 28, 1, (0,)),
+    ],
+)
+def test_published_layers_at_another_depth(
+    published: tuple[int, ...], depth: int, layers: int, expected: tuple[int, ...]
+) -> None:
+    assert scaled_layers(layers, published, depth) == expected
+
+
+def test_spread() -> None:
+    """The first stage may be left out, moved, or asked for beside layers of one's own."""
+    assert LightVLMPrefill(0.2, spread=1.0).stages(8)[0] == Stage(3, pytest.approx(0.2 ** (1 / 3)))
+    assert LightVLMPrefill(0.2, layers=(2,)).stages(8) == (Stage(2, 0.2),)
+    assert LightVLMPrefill(0.2, layers=(2,), spread=0.3).stages(8) == (Stage(0, 0.3), Stage(2, 0.2))
+    assert LightVLMPrefill(1.0, spread=1.0).stages(8) == ()
+    with pytest.raises(ValueError, match=r"spread must be at least keep \(0.4\), got 0.3"):
+        LightVLMPrefill(0.4, spread=0.3)
+    with pytest.raises(
+        ValueError, match=r"fractions must lie in \(0, 0.3\] and not increase, got \(0.5, 0.2\)"
+    ):
+        LightVLMPrefill(0.2, spread=0.3, layers=(2, 3), fractions=(0.5, 0.2)).stages(8)
 
 
 def test_keeping_everything_has_no_stage() -> None:

@@ -371,3 +371,11 @@ def test_text_of_a_cache_with_a_plan_of_its_own(model: Any) -> None:
         found.append(cache.layers[0].packed.sink_counts)
     assert found[0] == found[1]
     assert max(found[0]) > 2
+
+
+def test_packing_a_prompt_is_the_plans_own_work(model: Any) -> None:
+    """Ops count by their own time where no block of the method's work is around them."""
+    run, _, _ = read_prompt(model, plan_of(), LONG)
+    report = run.report()
+    assert report.op_calls
+    assert report.own_seconds == pytest.approx(sum(report.op_seconds.values()))

@@ -35,6 +35,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "score-last": {"merge": "score", "probe_rows": "last", "over_heads": "max"},
     "half-diverse": {"strength": 0.5, "over_rows": "max", "over_heads": "max", "probe_limit": 2},
     "two-stages": {"layers": (2, 4), "fractions": (0.7, 0.3), "selection": "top"},
+    "spread-first": {"spread": 0.5},
+    "spread-first-drop": {"spread": 0.7, "layers": (2, 4), "merge": "drop"},
+    "spread-first-score": {"spread": 0.6, "merge": "score"},
     "late": {"layers": (4,), "probe_rows": "last", "merge": "drop"},
 }
 
@@ -106,7 +109,7 @@ def test_random_is_what_it_says(model: Any, family: Family, options: dict[str, A
     check_against_slow(model, family, lightvlm.Plan(prefill=part), ROWS)
 
 
-@pytest.mark.parametrize("name", ["default", "top-drop"])
+@pytest.mark.parametrize("name", ["default", "top-drop", "spread-first"])
 def test_images_of_any_size(qwen: Any, name: str) -> None:
     check_against_slow(qwen, QWEN, lightvlm_plan(**OPTIONS[name]), UNEVEN)
 
@@ -132,12 +135,13 @@ PLANS = [
     lightvlm_plan(),
     lightvlm_plan(**OPTIONS["top-drop"]),
     lightvlm_plan(**OPTIONS["score-last"]),
+    lightvlm_plan(**OPTIONS["spread-first"]),
     lightvlm.Random(keep=0.2, min_image_tokens=0),
     lightvlm.LightVLM(
         keep=0.3, min_image_tokens=0, decode_keep=0.4, decode_interval=5, decode_sinks=2, decode_recent=6
     ),
 ]
-PLAN_NAMES = ["default", "top-drop", "score-last", "random", "compaction"]
+PLAN_NAMES = ["default", "top-drop", "score-last", "spread-first", "random", "compaction"]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=PLAN_NAMES)

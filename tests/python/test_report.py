@@ -10,6 +10,7 @@ import lightvlm
 import pytest
 import torch
 from lightvlm import Report
+from lightvlm.methods.prumerge import PruMergePrefill
 from python.test_prefill import ROWS, lightvlm_plan
 from python.tiny import DEPTH, LLAVA, QWEN, Family, Image, generate
 
@@ -92,12 +93,13 @@ def test_calls(model: Any, family: Family) -> None:
         with torch.no_grad():
             model.lm_head(torch.zeros(1, 32))
     report = run.report()
-    stages = 3  # layers 1, 2 and 3 of five
+    stages = 3  # layers 2, 3 and 4 of five, besides the one before layer 0
     assert report.compactions == report.op_calls["compact_kv_"] == 2
     # heads of 8 channels are too narrow for decode_attention, which would add the mass up by itself
     assert report.op_calls["importance"] == stages + 7 * DEPTH
-    assert report.op_calls["select_diverse"] == report.op_calls["merge_tokens"] == stages
-    assert report.op_calls["select"] == 2 * DEPTH
+    assert report.op_calls["select_diverse"] == stages
+    assert report.op_calls["merge_tokens"] == stages + 1
+    assert report.op_calls["select"] == 2 * DEPTH + 1
     assert set(report.op_seconds) == set(report.op_calls)  # on a CPU
     assert all(seconds > 0 for seconds in report.op_seconds.values())
     assert set(report.seconds) == {"prefill", "decode"}
@@ -227,3 +229,26 @@ def test_times_of_a_gpu_are_asked_for_last(llava: Any, monkeypatch: pytest.Monke
     # timers start at ticks 1 to 9 and stop at 10 to 18: each takes 9 seconds
     assert run.report().seconds == {"decode": 81.0}
     assert run.report().seconds == {"decode": 81.0}
+
+
+def test_own_work_is_part_of_the_prefill(llava: Any) -> None:
+    """What the method does besides the model is timed once, ops within it and outside of it alike."""
+    with lightvlm.attach(llava, lightvlm_plan(keep=0.2, layers=(2, 3))) as run:
+        generate(llava, LLAVA.batch(ROWS), 3)
+    report = run.report()
+    assert set(report.seconds) == {"prefill", "decode"}
+    assert sum(report.op_seconds.values()) < report.own_seconds < report.seconds["prefill"]
+    assert "the method's own work at prefill" in str(report)
+    with lightvlm.attach(llava, lightvlm.Plan()) as run:
+        generate(llava, LLAVA.batch(ROWS), 3)
+    assert run.report().own_seconds == 0.0
+
+
+def test_reading_the_vision_tower_is_own_work(llava: Any) -> None:
+    """Also where the tower runs before the base model is called."""
+    plan = lightvlm.Plan(prefill=PruMergePrefill(keep=0.5, min_image_tokens=0))
+    with lightvlm.attach(llava, plan) as run:
+        llava.get_image_features(pixel_values=LLAVA.batch(ROWS)["pixel_values"])
+    report = run.report()
+    assert report.prefills == 0
+    assert report.own_seconds > 0

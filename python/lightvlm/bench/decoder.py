@@ -1,10 +1,10 @@
 """``lightvlm bench decoder``: prefill of a decoder of real geometry, with a plan and without.
 
-Weights are random: time does not depend on them. Image features are given, so that the vision tower, which no
-    plan
-touches, is not in the figure. Baseline and methods run interleaved in one process on the same inputs; the
-ratio is against the fastest baseline, and all of them are in the rows. Beside each ratio stands the ceiling
-that FLOPs allow.
+Weights are random: time does not depend on them. Image features are given, so that the vision tower is not in the
+figure; a method that reads the tower's attention gets pixels, and so do baselines of its own, with a tower of the
+smallest size. Baselines and methods run interleaved in one process on the same inputs; the ratio is against the
+fastest baseline, and all of them are in the rows. Beside each ratio stand the ceiling that FLOPs allow, and how much
+of the baseline's time the method's own work takes.
 """
 
 from __future__ import annotations
@@ -18,16 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..catalogue import parse_options
 from ..flops import prefill_flops
-from ..methods import method_names
+from ..methods import METHODS
 from ..models import find_adapter
+from ..report import Report
 from ..runtime import attach
-from . import levels
+from . import budgets, fidelity_rows
 from .cases._case import Geometry
 from .common import describe
+from .fidelity_questions import needs_pixels
+from .prompts import Prompts
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from transformers import PreTrainedModel
+
+    from .budgets import Setting
 
 # Text decoders: width, layers, query heads, key/value heads, MLP width.
 GEOMETRIES = {
@@ -46,8 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-tokens", type=int, default=1000)
     parser.add_argument("--text-tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
-    levels.add_arguments(parser)
-    parser.add_argument("--method", choices=method_names(), nargs="+", default=["lightvlm"])
+    budgets.add_arguments(parser, ["lightvlm"])
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=None)
@@ -61,7 +67,12 @@ def geometry_of(name: str) -> Geometry:
 
 
 def build_model(
-    geometry: str, layers: int | None, dtype: torch.dtype, device: str, vocabulary: int = _VOCABULARY
+    geometry: str,
+    layers: int | None,
+    dtype: torch.dtype,
+    device: str,
+    vocabulary: int = _VOCABULARY,
+    tower_layers: int = 1,
 ) -> PreTrainedModel:
     """A Qwen2.5-VL with a random decoder of the geometry and the smallest vision tower."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -70,7 +81,8 @@ def build_model(
     head = width // heads
     config = Qwen2_5_VLConfig(
         vision_config={
-            "depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": width,
+            "depth": tower_layers, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": width,
+            "fullatt_block_indexes": list(range(tower_layers)),
         },
         text_config={
             "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers or depth,
@@ -98,9 +110,11 @@ def _mrope(head: int) -> list[int]:
     return [half - 2 * side, side, side]
 
 
-def build_inputs(model: PreTrainedModel, batch: int, image: int, text: int) -> dict[str, Any]:
-    """One image of ``image`` tokens and ``text`` tokens around
-    it, in every row; features instead of pixels."""
+def build_inputs(
+    model: PreTrainedModel, batch: int, image: int, text: int, pixels: bool = False
+) -> dict[str, Any]:
+    """One image of ``image`` tokens and ``text`` tokens around it, in every row; features instead of pixels unless
+    these are asked for."""
     generator = torch.Generator().manual_seed(1)
     before = min(8, text // 2)
     words = torch.randint(8, _VOCABULARY, (batch, text), generator=generator)
@@ -113,12 +127,18 @@ def build_inputs(model: PreTrainedModel, batch: int, image: int, text: int) -> d
     while image % rows:
         rows -= 1
     grid = torch.tensor([[1, 2 * rows, 2 * (image // rows)]] * batch)
+    shown: dict[str, Any] = {"mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=features)}}
+    if pixels:
+        vision = model.config.vision_config
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        patches = torch.randn(int(grid.prod(1).sum()), width, generator=generator)
+        shown = {"pixel_values": patches.to(model.device, model.dtype)}
     return {
         "input_ids": ids.to(model.device),
         "attention_mask": torch.ones_like(ids).to(model.device),
         "image_grid_thw": grid.to(model.device),
         "mm_token_type_ids": (ids == _IMAGE).int().to(model.device),
-        "mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=features)},
+        **shown,
         "logits_to_keep": 1,
     }
 
@@ -133,68 +153,115 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     about = describe(args.device)  # of the code that runs, whatever happens to the tree meanwhile
-    model = build_model(args.geometry, args.layers, getattr(torch, args.dtype), args.device)
-    inputs = build_inputs(model, args.batch, args.image_tokens, args.text_tokens)
+    options = parse_options(args.option)
+    sees = any(needs_pixels(METHODS[name].make()) for name in budgets.chosen(args.method))
+    dtype = getattr(torch, args.dtype)
+    model = build_model(args.geometry, args.layers, dtype, args.device, tower_layers=3 if sees else 1)
+    adapter = find_adapter(model)
+    sizes = (args.batch, args.image_tokens, args.text_tokens)
+    inputs = {pixels: build_inputs(model, *sizes, pixels) for pixels in ((False, True) if sees else (False,))}
     length = args.image_tokens + args.text_tokens
-    tried = levels.levels(args.method, args.keep, args.level, default=(0.35, 0.15, 0.03))
-    knobs = {one.name: one.knob for one, _ in tried}
-    plans = {(one.name, value): one.make(**{one.knob: value}) for one, value in tried}
-    reports: dict[tuple[str, float], Any] = {}
+    prompts = Prompts.of_batches(adapter, [inputs[False]])
+    settings = budgets.settings(args, options, prompts, keep=(0.35, 0.15, 0.03))
+    settings = budgets.accepted(settings, model)
+    reports: dict[Any, list[Report]] = {one.key: [] for one in settings}
 
-    def baseline(static: bool) -> Callable[[], None]:
+    def baseline(static: bool, pixels: bool) -> Callable[[], None]:
         def call() -> None:
             cache = StaticCache(model.config.text_config, max_cache_len=length) if static else None
-            model(**_fresh(inputs), past_key_values=cache, use_cache=True)
+            model(**_fresh(inputs[pixels]), past_key_values=cache, use_cache=True)
 
         return call
 
-    def reduced(key: tuple[str, float]) -> Callable[[], None]:
+    def reduced(one: Setting) -> Callable[[], None]:
         def call() -> None:
-            with attach(model, plans[key]) as handle:
-                model(**_fresh(inputs), use_cache=True)
-            reports[key] = handle.report()
+            with attach(model, one.plans[0]) as handle:
+                model(**_fresh(inputs[needs_pixels(one.plans[0])]), use_cache=True)
+            reports[one.key].append(handle.report())
 
         return call
 
-    candidates: dict[Any, Callable[[], None]] = {
-        "transformers sdpa, dynamic cache": baseline(False),
-        "transformers sdpa, static cache": baseline(True),
-    }
-    methods = {key: reduced(key) for key in plans}
-    times = interleaved({**candidates, **methods}, args.rounds, args.device)
+    candidates: dict[str, tuple[bool, Callable[[], None]]] = {}
+    for pixels in inputs:
+        for kind in ("dynamic", "static"):
+            name = f"transformers sdpa, {kind} cache" + (", with the tower" if pixels else "")
+            candidates[name] = pixels, baseline(kind == "static", pixels)
+    methods = {one.key: reduced(one) for one in settings if one.plans}
+    calls = {name: call for name, (_, call) in candidates.items()}
+    times = interleaved({**calls, **methods}, args.rounds, args.device)
 
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    fastest = min(candidates, key=lambda name: seconds[name])
+    fastest = {
+        pixels: min((name for name in calls if candidates[name][0] is pixels), key=lambda name: seconds[name])
+        for pixels in inputs
+    }
     depth = args.layers or GEOMETRIES[args.geometry][1]
     prompt = f"{args.batch} x ({args.image_tokens} image + {args.text_tokens} text)"
     case = f"{args.geometry}, {depth} layers, {prompt}, {args.dtype}"
-    adapter = find_adapter(model)
     full_flops = prefill_flops(adapter, [[length] * args.batch] * len(adapter.layers))
     rows: list[dict[str, Any]] = []
-    for name in candidates:
-        rows.append({"case": case, "method": name, "baseline": fastest, "seconds": seconds[name],
-                     "baseline_seconds": seconds[fastest], "ratio": seconds[fastest] / seconds[name],
+    for name, (pixels, _) in candidates.items():
+        best = fastest[pixels]
+        rows.append({"case": case, "method": name, "baseline": best, "seconds": seconds[name],
+                     "baseline_seconds": seconds[best], "ratio": seconds[best] / seconds[name],
                      "flops": full_flops, "runs": times[name]})  # fmt: skip
-    for key in methods:
-        report = reports[key]
-        ceiling = 1 / report.flops_share
-        # rounds are paired: each ran baseline and method one after the other
-        ratio = statistics.median(b / m for b, m in zip(times[fastest], times[key], strict=True))
-        overhead = sum(report.op_seconds.values())
-        name, knob = key[0], knobs[key[0]]
-        also = "" if knob == "keep" else f", {knob} {key[1]:g}"
-        rows.append({"case": case + also, "method": name, knob: key[1], "baseline": fastest, "seconds": seconds[key],
-                     "baseline_seconds": seconds[fastest], "ratio": ratio, "flop_ceiling": ceiling,
-                     "share_of_ceiling": ratio / ceiling, "op_seconds": report.op_seconds,
-                     "op_share_of_baseline": overhead / seconds[fastest], "tokens_per_layer": report.tokens_per_layer,
-                     "kv_bytes_used": report.kv_bytes_used, "kv_bytes_full": report.kv_bytes_full,
-                     "stepped_aside": report.stepped_aside, "runs": times[key]})  # fmt: skip
+    for one in settings:
+        if not one.plans:
+            rows.append(fidelity_rows.about(case, one))
+            continue
+        best = fastest[needs_pixels(one.plans[0])]
+        rows.append(_row(case, one, reports[one.key], best, times[best], times[one.key]))
     return {"kind": "decoder", **about, "rows": rows}
+
+
+def _row(
+    case: str, one: Setting, reports: list[Report], baseline: str, before: list[float], runs: list[float]
+) -> dict[str, Any]:
+    """The row of a method.   before, runs: seconds of the baseline and the method in each round."""
+    report = reports[-1]
+    ceiling = 1 / report.flops_share
+    seconds, baseline_seconds = statistics.median(runs), statistics.median(before)
+    # rounds are paired: each ran baseline and method one after the other
+    ratio = statistics.median(b / m for b, m in zip(before, runs, strict=True))
+    own = [each.own_seconds for each in reports[-len(runs) :]]  # without the warm-up
+    also = "" if one.knob == "keep" else f", {one.knob} {one.value:g}"
+    row = {**fidelity_rows.about(case + also, one), "baseline": baseline, "seconds": seconds,
+           "baseline_seconds": baseline_seconds, "ratio": ratio, "flop_ceiling": ceiling,
+           "share_of_ceiling": ratio / ceiling, "flops_share": report.flops_share, "op_seconds": report.op_seconds,
+           "op_share_of_baseline": sum(report.op_seconds.values()) / baseline_seconds,
+           "own_seconds": statistics.median(own), **fidelity_rows.overhead_of(own, before),
+           "tokens_per_layer": report.tokens_per_layer,
+           "kv_bytes_used": report.kv_bytes_used, "kv_bytes_full": report.kv_bytes_full,
+           "stepped_aside": report.stepped_aside, "runs": runs}  # fmt: skip
+    return row
+
+
+def table(result: dict[str, Any]) -> Table:
+    """One line a row, in the order of the rows."""
+    from rich.table import Table
+
+    made = Table(
+        title=f"{result['rows'][0]['case']}\n{result['device']}, torch {result['torch']}, {result['commit']}",
+        caption="own: the method's own work over the baseline's time, ! where above 3 %; - a plan stepped aside",
+    )
+    for name in ("method", "budget", "seconds", "ratio", "FLOP ceiling", "own", ""):
+        made.add_column(name, justify="left" if name in ("method", "budget") else "right")
+    for row in result["rows"]:
+        budget = f"{row['budget']} {row['target']:g}" if "budget" in row else ""
+        if "skipped" in row:
+            made.add_row(row["method"], budget, row["skipped"])
+            continue
+        figures = [f"{row['seconds']:.4g}", f"{row['ratio']:.2f}"]
+        if "overhead" in row:
+            marks = "!" * row["overhead_listed"] + "-" * bool(row["stepped_aside"])
+            figures += [f"{row['flop_ceiling']:.2f}", f"{row['overhead']:.1%}", marks]
+        made.add_row(row["method"], budget, *figures)
+    return made
 
 
 def _fresh(inputs: dict[str, Any]) -> dict[str, Any]:
     """transformers writes into the dictionary of encoder outputs it is given."""
-    return {**inputs, "mm_encoder_outputs": dict(inputs["mm_encoder_outputs"])}
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in inputs.items()}
 
 
 @torch.no_grad()

@@ -53,9 +53,14 @@ def levels(
 def _parse(pair: str) -> tuple[str, list[float]]:
     name, sign, text = pair.partition("=")
     try:
-        values = [float(value) for value in text.split(",")]
+        values = [_number(value) for value in text.split(",")]
     except ValueError:
         values = []
     if not sign or not name.strip() or not values:
         raise ValueError(f"--level must be NAME=VALUE[,VALUE...] with numbers, got {pair!r}")
     return name.strip().replace("-", "_"), values
+
+
+def _number(text: str) -> float:
+    """A whole number stays one: some knobs, such as bits, take no other."""
+    return int(text) if text.strip().isdecimal() else float(text)

@@ -11,12 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from lightvlm_ext import ops
 
+from ..host import upload
+from ..layout import RowLayout
 from ..plan import Part, Plan
 
 if TYPE_CHECKING:
@@ -182,9 +185,14 @@ class PrefillPart(Part):
         """
         return [min(picture.tokens, keep_count(picture.original, stage.keep)) for picture in pictures]
 
-    def raters(self, hidden: Tensor, segment: Tensor, text: Tensor) -> Tensor | None:
-        """Which text tokens (B, S) bool may score, decided on the decoder's input (B, S, C); None: those of the probe.
-        ``segment`` and ``text`` as in :class:`StageInput`."""
+    def raters(
+        self, hidden: Tensor, pictures: Sequence[Sequence[Picture]], ends: Sequence[int]
+    ) -> Tensor | None:
+        """Which of the probe's rows (B, S) bool may score, decided on the decoder's input (B, S, C); None: all of them.
+
+        pictures: for each row its images.   ends: where each row's question ends; what stands behind it (answers that
+        are rated, drafts) must have no say.
+        """
         return None
 
     def reduce(self, stage: StageInput) -> Reduced:
@@ -230,8 +238,76 @@ class AttentionPart(Part):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class PromptLayer:
+    """What the host knows of a prompt in a layer that has just read it. Drafts behind the prompt are left out.
+
+    layer, layers: number of the layer, and depth of the decoder.   length: M.
+    rows: what each row's tokens are, where a prefill method may have shortened it.   prompt: tokens that each row had
+    before that.
+    """
+
+    layer: int
+    layers: int
+    rows: tuple[RowLayout, ...]
+    length: int
+    prompt: list[int]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of each row."""
+        return [row.tokens for row in self.rows]
+
+    @property
+    def starts(self) -> list[int]:
+        """Padding of each row; rows stand flush right."""
+        return [self.length - tokens for tokens in self.tokens]
+
+    def images(self, device: torch.device) -> Tensor:
+        """(B, M) bool: image tokens."""
+        kinds = torch.zeros(len(self.rows), self.length, dtype=torch.bool)
+        for own, row, at in zip(kinds, self.rows, self.starts, strict=True):
+            for run in row.runs:
+                own[at : at + run.tokens] = run.image is not None
+                at += run.tokens
+        return upload(kinds, device, torch.bool)
+
+
+@dataclass(frozen=True)
+class PromptInput:
+    """What a cache method sees of a layer's attention right after the prompt was read.
+
+    query (B, M, Hq, D), key and value (B, M, Hkv, D): views, after the rotary embedding; not to be kept.
+    scale: of the logits; None: D ** -0.5.
+    """
+
+    layer: PromptLayer
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float | None
+
+
+@dataclass(frozen=True)
+class PromptChoice:
+    """Tokens of a prompt that a layer keeps.
+
+    index (B, M') or, where heads differ, (B, Hkv, M') int32: places in M, ascending, -1 past the count.
+    kept: how many of each row, the same for every head.   tail: so many of the last tokens are among them.
+    """
+
+    index: Tensor
+    kept: list[int]
+    tail: int
+
+
 class CachePart(Part):
-    """Base of decode-time policies. Subclasses are frozen dataclasses with at least these three fields."""
+    """Base of what evicts tokens from the cache, while text is generated, right after the prompt was read, or both.
+
+    Subclasses are frozen dataclasses. Those that evict while decoding have ``interval``, ``recent`` and ``rows`` and
+    write :meth:`choose`; those that evict from the prompt set ``evicts_prompt`` and write :meth:`observe_prompt` and
+    :meth:`choose_prompt`.
+    """
 
     slot = "cache"
     interval: int
@@ -243,6 +319,15 @@ class CachePart(Part):
 
     demotes: bool = False
     """With a precision part: whether tokens beyond the budget are stored in 2 bits instead of being dropped."""
+    per_head: bool = False
+    """Whether each key/value head keeps tokens of its own, as many as the others."""
+    evicts_generated: ClassVar[bool] = True
+    """Whether anything is evicted while decoding."""
+    evicts_prompt: ClassVar[bool] = False
+    """Whether anything is evicted from a prompt as soon as all layers have read it."""
+    starts_mass: ClassVar[bool] = False
+    """Whether what :meth:`observe_prompt` returns, (B, Hkv, M) fp32, is what the tokens have received so far, to which
+    decoding adds; needs ``wants_mass``."""
 
     def budget(self, logical: int) -> int:
         """Tokens of a row that may stay when ``logical`` have been seen; needed where the cache is packed as well."""
@@ -255,13 +340,46 @@ class CachePart(Part):
         return False
 
     def choose(self, layer: CompactLayer, leftpad: list[int]) -> tuple[Tensor, Tensor, list[int]] | None:
-        """What a layer keeps: index (B, M) int32, count (B,) int32 and the counts on the host; None: all of it.
+        """What a layer keeps: index (B, M) int32 or, where heads differ, (B, Hkv, M), count (B,) int32 and the counts
+        on the host; None: all of it.
 
         Args:
             layer: the cached keys and the last ``rows`` queries.
             leftpad: padding of each row in the prompt, which the logical length counts.
         """
         raise NotImplementedError
+
+    def tail(self, kept: list[int]) -> int:
+        """Tokens at the end of every row that :meth:`choose` left alone, where it kept so many of each."""
+        return self.recent
+
+    def observe_prompt(self, prompt: PromptInput) -> Any:
+        """What :meth:`choose_prompt` has to know of a layer: scores, never queries of the whole prompt."""
+        raise NotImplementedError
+
+    def choose_prompt(self, seen: Sequence[tuple[PromptLayer, Any]]) -> list[PromptChoice | None]:
+        """What each layer keeps of the prompt; None: all of it. How much that is, the host must know; where it depends
+        on values, they may be read once, for all layers.
+
+        Args:
+            seen: for each layer what it is and what :meth:`observe_prompt` returned.
+        """
+        raise NotImplementedError
+
+    def merge_prompt(
+        self, prompt: PromptLayer, choice: PromptChoice, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Keys and values (B, Hkv, M', D) of the tokens that stay, with those that go merged into them; None: as they
+        were. key, value (B, M, Hkv, D): all of the layer."""
+        return None
+
+
+class PromptCachePart(CachePart):
+    """Base of methods that evict from the prompt alone: generated tokens all stay."""
+
+    interval, recent, rows = 1, 0, 0
+    evicts_generated = False
+    evicts_prompt = True
 
 
 class PrecisionPart(Part):
@@ -276,6 +394,8 @@ class PrecisionPart(Part):
     """Generated tokens that are packed at a time, a multiple of 64."""
     keep_text: bool
     """Whether the prompt's text stays in 16 bits."""
+    prompt_block: int | None = None
+    """Tokens of the prompt that share channel scales, a multiple of 64; None: all of a row."""
 
     def levels(self, layer: int, layers: int) -> tuple[int, ...]:
         """Bits of a layer's important tokens, and, where they differ, of the others; () leaves the layer as it is."""
@@ -324,6 +444,8 @@ def pyramid_stages(
     at: tuple[int, ...] | None,
     fractions: tuple[float, ...] | None,
     default_at: Callable[[int], tuple[int, ...]],
+    scored: bool = False,
+    first: float = 1.0,
 ) -> tuple[Stage, ...]:
     """The stages of a pyramid that ends at ``keep``.
 
@@ -331,7 +453,9 @@ def pyramid_stages(
         layers: depth of the decoder.
         keep: final share of each image's tokens; 1 keeps everything (no stages).
         at: layers before whose input tokens are reduced, ascending; None: ``default_at(layers)``.
-        fractions: share kept from each stage on; None: geometric, keep ** (t / T).
+        fractions: share kept from each stage on; None: geometric, first * (keep / first) ** (t / T).
+        scored: whether the score comes from the layer before a stage, so that there must be one.
+        first: share that is left when the pyramid begins.
 
     Raises:
         ValueError: layers outside the decoder or not ascending, fractions that do not fit or do not end at
@@ -342,15 +466,29 @@ def pyramid_stages(
     at = default_at(layers) if at is None else at
     if not at or list(at) != sorted(set(at)) or at[0] < 0 or at[-1] >= layers:
         raise ValueError(f"layers must be ascending layer numbers within 0..{layers - 1}, got {at}")
+    if scored and at[0] == 0:
+        raise ValueError("layers must start at 1 or later: the score comes from the layer before")
     if fractions is None:
-        fractions = (*tuple(keep ** (t / len(at)) for t in range(1, len(at))), keep)
+        fractions = (*tuple(first * (keep / first) ** (t / len(at)) for t in range(1, len(at))), keep)
     if len(fractions) != len(at):
         raise ValueError(f"fractions must have one entry per layer ({len(at)}), got {len(fractions)}")
-    if any(not 0 < f <= 1 for f in fractions) or list(fractions) != sorted(fractions, reverse=True):
-        raise ValueError(f"fractions must lie in (0, 1] and not increase, got {fractions}")
+    if any(not 0 < f <= first for f in fractions) or list(fractions) != sorted(fractions, reverse=True):
+        raise ValueError(f"fractions must lie in (0, {first:g}] and not increase, got {fractions}")
     if fractions[-1] != keep:
         raise ValueError(f"the last of fractions must be keep ({keep}), got {fractions[-1]}")
     return tuple(Stage(layer, fraction) for layer, fraction in zip(at, fractions, strict=True))
+
+
+def scaled_layers(layers: int, published: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Layers that a paper gives for a decoder of ``depth`` layers, at the same share of ``layers``.
+
+    Each is at least 1, as scores come from the layer before, and above the one before it; those that a shallow decoder
+    has no room for are left out.
+    """
+    at: list[int] = []
+    for layer in published:
+        at.append(max(round(layer * layers / depth), at[-1] + 1 if at else 1))
+    return tuple(layer for layer in at if layer < layers) or (layers - 1,)
 
 
 def kept_slots(stages: Sequence[Stage], layers: int) -> float:

@@ -40,9 +40,14 @@ class KVPrecision(PrecisionPart):
     keep_text: bool = option(
         False, "the prompt's text stays in 16 bits, too, but for the recent tokens when it was read"
     )
+    prompt_block: int | None = option(
+        None, "tokens of the prompt that share channel scales, a multiple of 64; None: all of them", low=64
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.prompt_block is not None and self.prompt_block % 64:
+            raise ValueError(f"prompt_block must be a multiple of 64, got {self.prompt_block}")
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau must be in (0, 1], got {self.tau}")
         if self.interval % 64:

@@ -10,9 +10,16 @@ Where text and code differ, this follows the code: a window of m tokens loses fl
 floor(rho m / 2) would not leave its own 1 - rho); the softmax runs over the queries, without a causal mask, and the
 keys are all text tokens, those before an image too. Layers are counted as in the paper's eq. 9, which its 55 % come
 from: the first of ``layers`` is how many layers see every token (the code's numbers are the index of the last such
-layer, so one layer more does). The code renumbers positions and lets generated tokens go on from the whole prompt's
-number; so do we by default (``positions``). The code of its LLaVA decoder replaces the weights by random numbers, under
-a note to remove that; we do not follow it.
+layer, so one layer more does).
+
+One addition: which half of a window the others merge into. The published way takes every other token; by default the
+tokens choose themselves (``split="diverse"``): greedily the highest xi times its distance from those chosen, as many as
+are left, and all others merge into the most similar of them. On validation scenes that is worth 2 points
+(docs/lightkv.md); ``split="alternating"`` is the paper's.
+
+Not as the code: it renumbers positions and lets generated tokens go on from the whole prompt's number; here tokens keep
+theirs unless ``positions`` says so, which validation scenes favour (docs/lightkv.md). The code of its LLaVA decoder
+replaces the weights by random numbers, under a note to remove that; we do not.
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ import torch
 
 from lightvlm_ext import ops
 
-from ..host import upload
+from ..host import rectangular, upload
 from ..plan import KeepForLater, Plan, check_options, option, register_part
 from .base import Picture, PrefillPart, Probe, Reduced, Stage, StageInput, check_keep
 from .windows import Windows, windows_of
@@ -83,14 +90,20 @@ class LightKVPrefill(PrefillPart):
         "original ones on the image's own grid",
         choices=("square", "grid"),
     )
+    split: Literal["diverse", "alternating"] = option(
+        "diverse",
+        "which tokens of a window others merge into: those that weights and diversity choose, or every other one (the "
+        "published way, and where there are no weights)",
+        choices=("diverse", "alternating"),
+    )
     guidance: Literal["prompt", "causal", "none"] = option(
         "prompt",
         "weights: what a token receives from all text keys, softmax over the queries; attention from the text after "
-        "the image; or all the same",
+        "the image; or all the same, as they are at layer 0 in any case",
         choices=("prompt", "causal", "none"),
     )
     positions: str = option(
-        "renumber_prompt",
+        "keep",
         "tokens keep theirs, are renumbered for good, or only the prompt's are (the published code)",
         choices=("keep", "renumber", "renumber_prompt"),
     )
@@ -127,8 +140,6 @@ class LightKVPrefill(PrefillPart):
         at = default_layers(layers, len(ratios)) if self.layers is None else self.layers
         if not at or list(at) != sorted(set(at)) or at[0] < 0 or at[-1] >= layers:
             raise ValueError(f"layers must be ascending layer numbers within 0..{layers - 1}, got {at}")
-        if self.guidance != "none" and at[0] == 0:
-            raise ValueError("layers must start at 1 or later: the weights come from the layer before")
         if len(at) != len(ratios):
             raise ValueError(f"ratios must have one entry per layer ({len(at)}), got {len(ratios)}")
         if max(ratios) > 0.5 + 1e-9:
@@ -182,6 +193,7 @@ class LightKVPrefill(PrefillPart):
         window = torch.full((batch, length), -1, dtype=torch.int32)
         tables: list[list[int]] = [[] for _ in range(batch)]
         merged: list[list[int]] = [[] for _ in range(batch)]
+        left: list[list[int]] = [[] for _ in range(batch)]
         for row, pictures in enumerate(stage.pictures):
             stays = all(picture.keep == picture.tokens for picture in pictures)
             found = None if stays else self._windows(stage.stage, pictures)
@@ -193,19 +205,31 @@ class LightKVPrefill(PrefillPart):
                 else:
                     window[row, picture.start : picture.stop] = ids.int()
                 merged[row] += own.merged
+                left[row] += [size - pairs for size, pairs in zip(own.sizes, own.merged, strict=True)]
         device = stage.hidden.device
         at = upload(window, device)
         if any(tables):  # by the token's place in its original image, which the device knows
-            width = max(map(len, tables))
-            table = upload([ids + [0] * (width - len(ids)) for ids in tables], device)
-            place = (_LOOK_UP - at + stage.within).clamp(0, width - 1)
+            table = upload(rectangular(tables), device)
+            place = (_LOOK_UP - at + stage.within).clamp(0, table.shape[1] - 1)
             at = torch.where(at <= _LOOK_UP, table.gather(1, place.long()), at)
         at = torch.where(stage.text | (stage.segment >= 0), at, -2)
-        width = max(1, *map(len, merged))
-        pairs = upload([counts + [0] * (width - len(counts)) for counts in merged], device)
-        weight = None if stage.scores is None else stage.scores.clamp_min(0)
+        pairs, stay = (upload(rectangular(counts), device) for counts in (merged, left))
+        weight = source = None
+        if stage.scores is not None:
+            weight = stage.scores.clamp_min(0)
+        if weight is not None and self.split == "diverse":
+            # as many tokens as are left choose themselves, window by window; the others are the sources, and all merge
+            chosen = ops.select_diverse(weight, stage.hidden, keep=stay, segment=at.clamp_min(-1))
+            source = chosen.inverse < 0
         result = ops.merge_pairs(
-            stage.hidden, at, merge=pairs, weight=weight, eps=1e-8, align="right", capacity=stage.capacity
+            stage.hidden,
+            at,
+            merge=pairs,
+            weight=weight,
+            source=source,
+            eps=1e-8,
+            align="right",
+            capacity=stage.capacity,
         )
         return Reduced(result.selection, result.x)
 

@@ -9,39 +9,65 @@ of the reference VLM (docs/lightvlm.md); each is an option.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from lightvlm_ext import ops
 
 from ..plan import KeepForLater, Plan, check_options, option, register_part
-from .base import PrefillPart, Probe, Reduced, Stage, StageInput, check_keep, pyramid_stages
+from .base import (
+    PrefillPart,
+    Probe,
+    Reduced,
+    Stage,
+    StageInput,
+    check_keep,
+    drop,
+    highest,
+    pyramid_stages,
+)
 from .decode_compaction import DecodeCompaction
+from .spread import spread_scores
+
+_SPREAD = 0.5
+"""At least every other token stays at first, like the squares of one colour of a chessboard."""
 
 
 def default_layers(layers: int) -> tuple[int, ...]:
-    """Stages before layer 2 (1/14 of deeper decoders) and at 2/7 and 4/7 of the depth, each a layer after the last.
+    """Stages at 3/8, 5/8 and 3/4 of the depth, each a layer after the last: 3, 5, 6 of 8 and 10, 18, 21 of 28.
 
-    8 layers give 2, 3, 5, which validation scenes of the reference VLM decided; 28 give 2, 8, 16, near the 2, 8, 14
-    that iLLaVA, by LightVLM's first author, published (docs/lightvlm.md).
+    Validation scenes of the reference VLM decided for 8 layers (docs/lightvlm.md); LightKV publishes 12, 17, 22 for 28.
     """
     at: list[int] = []
-    for layer in (max(2, round(layers / 14)), round(2 * layers / 7), round(4 * layers / 7)):
-        at.append(max(layer, at[-1] + 1) if at else layer)
+    for layer in (round(3 * layers / 8), round(5 * layers / 8), round(3 * layers / 4)):
+        at.append(max(layer, at[-1] + 1 if at else 1))
     return tuple(layer for layer in at if layer < layers) or (layers - 1,)
 
 
 @register_part("prefill", "lightvlm")
 @dataclass(frozen=True)
 class LightVLMPrefill(PrefillPart):
-    """Pyramid merging inside the decoder (our reading of LightVLM's encoding part)."""
+    """Pyramid merging inside the decoder (our reading of LightVLM's encoding part).
+
+    A first stage at the input of layer 0 knows no attention yet: it keeps tokens spread evenly over the image
+    (:mod:`~lightvlm.methods.spread`), into which the others merge. The stages after it choose by attention.
+    """
 
     keep: float = option(0.35, "final share of each image's tokens")
     layers: tuple[int, ...] | None = option(
-        None, "reduce at the input of these layers; None: by depth, 2, 8, 16 of 28"
+        None, "choose by attention at the input of these layers; None: by depth, 10, 18, 21 of 28"
     )
-    fractions: tuple[float, ...] | None = option(None, "share kept from each stage on; None: geometric")
+    fractions: tuple[float, ...] | None = option(
+        None, "share kept from each of these layers on; None: geometric"
+    )
+    spread: float | None = option(
+        None,
+        "share kept at the input of layer 0, spread evenly over the image; 1: no such stage; None: 2 * keep, at least "
+        "0.5, and 1 where layers are given",
+        low=0.0,
+        high=1.0,
+    )
     probe_rows: Literal["text", "last"] = option("text", "query rows that score", choices=("text", "last"))
     probe_limit: int = option(64, "at most this many of the last text rows", low=1)
     over_rows: Literal["mean", "max"] = option(
@@ -66,34 +92,45 @@ class LightVLMPrefill(PrefillPart):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_options(self)
+        if self.spread is not None and self.spread < self.keep:
+            raise ValueError(f"spread must be at least keep ({self.keep}), got {self.spread}")
 
     def stages(self, layers: int) -> tuple[Stage, ...]:
-        found = pyramid_stages(layers, self.keep, self.layers, self.fractions, default_layers)
-        if found and found[0].layer == 0:
-            raise ValueError("layers must start at 1 or later: the score comes from the layer before")
-        return found
+        spread = self.spread
+        if spread is None:
+            spread = max(_SPREAD, min(1.0, 2 * self.keep)) if self.layers is None else 1.0
+        chosen = pyramid_stages(
+            layers, self.keep, self.layers, self.fractions, default_layers, scored=True, first=spread
+        )
+        return (Stage(0, spread), *chosen) if chosen and spread < 1 else chosen
 
     @property
     def probe(self) -> Probe:
         return Probe(self.probe_rows, self.probe_limit, self.over_rows, self.over_heads)
 
     def reduce(self, stage: StageInput) -> Reduced:
-        assert stage.scores is not None
-        chosen: dict[str, Any] = {
-            "keep": stage.keep,
-            "forced": stage.text,
-            "segment": stage.segment,
-            "capacity": stage.capacity,
-        }
-        if self.selection == "diverse":
-            selection = ops.select_diverse(stage.scores, stage.hidden, strength=self.strength, **chosen)
+        scores = stage.scores
+        if scores is None:
+            selection = highest(stage, spread_scores(stage))
+        elif self.selection == "diverse":
+            selection = ops.select_diverse(
+                scores,
+                stage.hidden,
+                strength=self.strength,
+                keep=stage.keep,
+                forced=stage.text,
+                segment=stage.segment,
+                capacity=stage.capacity,
+            )
         else:
-            selection = ops.select(stage.scores, **chosen)
+            selection = highest(stage, scores)
         if self.merge == "drop":
-            hidden = ops.gather_tokens(stage.hidden, selection.index, selection.count, align="right")
+            return drop(stage, selection)
+        if self.merge == "score" and scores is not None:
+            weight = scores.clamp_min(0)
         else:
-            weight = stage.scores.clamp_min(0) if self.merge == "score" else torch.ones_like(stage.scores)
-            hidden = ops.merge_tokens(stage.hidden, selection, weight, stage.segment, align="right")
+            weight = torch.ones(stage.segment.shape, device=stage.segment.device)
+        hidden = ops.merge_tokens(stage.hidden, selection, weight, stage.segment, align="right")
         return Reduced(selection, hidden)
 
 

@@ -11,18 +11,26 @@ from lightvlm_ext import ops
 
 from ..host import upload
 from ..plan import KeepForLater, Plan, check_options, option, register_part
-from .base import PrefillPart, Reduced, Stage, StageInput, check_keep, pyramid_stages
-from .lightvlm import default_layers
+from .base import PrefillPart, Reduced, Stage, StageInput, check_keep, drop, highest, pyramid_stages
+
+
+def default_layers(layers: int) -> tuple[int, ...]:
+    """Stages at 1/14, but not before layer 2, 2/7 and 4/7 of the depth, each a layer after the last."""
+    at: list[int] = []
+    for layer in (max(2, round(layers / 14)), round(2 * layers / 7), round(4 * layers / 7)):
+        at.append(max(layer, at[-1] + 1) if at else layer)
+    return tuple(layer for layer in at if layer < layers) or (layers - 1,)
 
 
 @register_part("prefill", "random")
 @dataclass(frozen=True)
 class RandomPrefill(PrefillPart):
-    """Keep random image tokens, at the layers and counts of
-    LightVLM's default schedule unless told otherwise."""
+    """Keep random image tokens, in a pyramid unless told otherwise."""
 
     keep: float = option(0.35, "final share of each image's tokens")
-    layers: tuple[int, ...] | None = option(None, "reduce at the input of these layers; None: as LightVLM")
+    layers: tuple[int, ...] | None = option(
+        None, "reduce at the input of these layers; None: by depth, 2, 8, 16 of 28"
+    )
     fractions: tuple[float, ...] | None = option(None, "share kept from each stage on; None: geometric")
     merge: Literal["drop", "uniform"] = option(
         "drop", "dropped tokens vanish, or merge", choices=("drop", "uniform")
@@ -44,15 +52,11 @@ class RandomPrefill(PrefillPart):
         numbers = torch.rand(_MAX_IMAGE_TOKENS, generator=generator)
         numbers = upload(numbers, stage.hidden.device, torch.float32)
         scores = numbers[stage.within.long() % _MAX_IMAGE_TOKENS]
-        selection = ops.select(
-            scores, keep=stage.keep, forced=stage.text, segment=stage.segment, capacity=stage.capacity
-        )
+        selection = highest(stage, scores)
         if self.merge == "drop":
-            hidden = ops.gather_tokens(stage.hidden, selection.index, selection.count, align="right")
-        else:
-            hidden = ops.merge_tokens(
-                stage.hidden, selection, torch.ones_like(scores), stage.segment, align="right"
-            )
+            return drop(stage, selection)
+        weight = torch.ones_like(scores)
+        hidden = ops.merge_tokens(stage.hidden, selection, weight, stage.segment, align="right")
         return Reduced(selection, hidden)
 
 

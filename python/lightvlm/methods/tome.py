@@ -15,7 +15,7 @@ import torch
 
 from lightvlm_ext import ops
 
-from ..host import upload
+from ..host import rectangular, upload
 from ..plan import KeepForLater, Plan, check_options, option, register_part
 from .base import Picture, PrefillPart, Reduced, Stage, StageInput, check_keep, keep_count, pyramid_stages
 
@@ -86,12 +86,11 @@ class ToMePrefill(PrefillPart):
     def reduce(self, stage: StageInput) -> Reduced:
         assert stage.keys is not None
         assert stage.sizes is not None
-        images = stage.keep.shape[1]
         merge = [[picture.tokens - picture.keep for picture in row] for row in stage.pictures]
         merged = ops.merge_pairs(
             stage.hidden,
             torch.where(stage.text, -1, torch.where(stage.segment >= 0, stage.segment, -2)).to(torch.int32),
-            merge=upload([row + [0] * (images - len(row)) for row in merge], stage.hidden.device),
+            merge=upload(rectangular(merge), stage.hidden.device),
             weight=stage.sizes,
             metric=stage.keys.float().mean(dim=2),
             align="right",

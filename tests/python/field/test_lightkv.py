@@ -56,7 +56,7 @@ class SlowLightKV(SlowDecoder):
         ratio, grids = self.prefill["shares"][stage], self.prefill["grids"]
         tokens = [[i for i in range(len(segment)) if segment[i] == image] for image in range(len(sizes))]
         side = self.prefill["sides"][stage]
-        scores = scores if self.prefill["guidance"] == "prompt" else None
+        scores = scores if self.prefill["guidance"] == "prompt" else None  # None at layer 0 in any case
         if any(len(image) < 8 * side**2 for image in tokens):
             return hidden, list(range(len(segment)))
         out, gone = hidden.clone(), set()
@@ -83,13 +83,17 @@ class SlowLightKV(SlowDecoder):
     def _pass(self, out: Tensor, hidden: Tensor, scores: Any, window: list[int], ratio: float) -> set[int]:
         """Message passing within a window; returns the tokens that are gone."""
         sources, targets = window[0::2], window[1::2]
+        pairs = min(math.floor(ratio * len(window) + 1e-9), len(window) // 2)
+        if scores is not None and self.prefill["split"] == "diverse":
+            targets = self._choose(window, scores, hidden, len(window) - pairs)
+            sources = [i for i in window if i not in targets]
         best = {}
         for a in sources:
             distance = [1 - _cosine(hidden[a], hidden[b]) for b in targets]
             if targets:
                 best[a] = (min(distance), targets[distance.index(min(distance))])
         order = sorted(best, key=lambda a: (best[a][0], a))
-        merged = order[: min(math.floor(ratio * len(window) + 1e-9), len(window) // 2)]
+        merged = order[:pairs]
         for b in targets:
             arrive = [a for a in merged if best[a][1] == b]
             if arrive:
@@ -146,8 +150,11 @@ def compare(model: Any, family: Family, rows: Any, part: LightKVPrefill, steps: 
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber", "renumber_prompt"])
-def test_stages_are_what_the_paper_says(model: Any, family: Family, positions: Any) -> None:
-    part = LightKVPrefill(layers=(1, 2, 4), windows=(1,), positions=positions, min_image_tokens=0)
+@pytest.mark.parametrize("split", ["alternating", "diverse"])
+def test_stages_are_what_the_paper_says(model: Any, family: Family, split: Any, positions: Any) -> None:
+    part = LightKVPrefill(
+        layers=(1, 2, 4), windows=(1,), split=split, positions=positions, min_image_tokens=0
+    )
     kept = compare(model, family, ROWS, part)
     assert [len(image) for image in kept[1][2]] == [8, 8]
     assert [len(image) for image in kept[2][2]] == [4, 4]
@@ -156,12 +163,14 @@ def test_stages_are_what_the_paper_says(model: Any, family: Family, positions: A
 
 @pytest.mark.parametrize("guidance", ["prompt", "none"])
 @pytest.mark.parametrize("raster", ["square", "grid"])
-def test_windows_of_images_of_any_shape(raster: Any, guidance: Any) -> None:
+@pytest.mark.parametrize("split", ["alternating", "diverse"])
+def test_windows_of_images_of_any_shape(split: Any, raster: Any, guidance: Any) -> None:
     part = LightKVPrefill(
         keep=0.4375,
         ratios=(0.5, 0.125),
         layers=(1, 3),
         windows=(2, 1),
+        split=split,
         raster=raster,
         guidance=guidance,
         min_image_tokens=0,
@@ -264,7 +273,6 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": (0, 2, 3)}, "layers must start at 1 or later: the weights come from the layer before"),
         ({"layers": (2, 8, 9)}, "layers must be ascending layer numbers within 0..7, got (2, 8, 9)"),
         ({"layers": (2, 3)}, "keep (0.125) needs at least 3 layers, as each at most halves, got (2, 3)"),
         (
@@ -277,4 +285,9 @@ def test_bad_schedules(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         LightKVPrefill(**options).stages(8)
     assert LightKVPrefill(keep=1.0).stages(8) == ()
-    assert LightKVPrefill(layers=(0, 2, 3), guidance="none").stages(8)[0].layer == 0
+
+
+def test_a_stage_before_the_first_layer_has_equal_weights(model: Any, family: Family) -> None:
+    part = LightKVPrefill(layers=(0, 2), keep=0.25, windows=(1,), min_image_tokens=0)
+    kept = compare(model, family, ROWS, part)
+    assert [len(image) for image in kept[0][2]] == [8, 8]
