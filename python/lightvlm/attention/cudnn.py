@@ -30,9 +30,11 @@ class Cudnn:
         return reason
 
     def why_not(self, call: Call) -> str | None:
-        reason = gpu.not_for(call, (8, 0), widest=128) or self.missing()
+        reason = gpu.not_for(call, (8, 0), widest=128)
         if reason is not None:
             return reason
+        if not torch.backends.cudnn.is_available():
+            return "torch has no cuDNN"
         if not call.dense:
             return "takes whole sequences of one length"
         if call.windowed or call.softcap > 0 or call.alibi is not None:

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from lightvlm_ext import _library
 from lightvlm_ext._kv import PACKED_HEAD_DIMS, PAGE_SIZES, KVSegment
 
 from .call import Call
+from .native import no_ops
 
 
 class Decode:
@@ -26,11 +26,7 @@ class Decode:
     appends = False
 
     def missing(self) -> str | None:
-        try:
-            _library.load()
-        except ImportError as error:
-            return str(error)
-        return None
+        return no_ops(torch.device("cpu"))
 
     def why_not(self, call: Call) -> str | None:
         if call.packed or call.query.shape[1] != 1:
@@ -47,7 +43,7 @@ class Decode:
             return f"takes pages of a multiple of 16 up to 256 tokens, not {call.key.shape[1]}"
         if call.block_table is None and call.batch_idx is not None and _page_size(call) is None:
             return "reads rows by index as pages: the capacity must be a multiple of 16, the cache contiguous"
-        return self.missing()
+        return no_ops(call.query.device)
 
     def run(self, call: Call) -> tuple[Tensor, Tensor]:
         from lightvlm_ext import ops

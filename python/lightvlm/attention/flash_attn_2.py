@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -25,15 +24,10 @@ class FlashAttn2:
     appends = True
 
     def missing(self) -> str | None:
-        found = gpu.package("flash_attn")
-        if isinstance(found, str):
-            return found
-        if "softcap" not in inspect.signature(found.flash_attn_func).parameters:
-            return "is older than 2.6"
-        return gpu.no_gpu()
+        return _unusable() or gpu.no_gpu()
 
     def why_not(self, call: Call) -> str | None:
-        reason = gpu.not_for(call, (8, 0)) or self.missing()
+        reason = gpu.not_for(call, (8, 0)) or _unusable()
         if reason is not None:
             return reason
         cached = not call.packed and not call.dense
@@ -101,3 +95,10 @@ def _new_tokens(call: Call) -> dict[str, Any]:
         "rotary_interleaved": call.new.interleaved,
         "cache_seqlens": lens,
     }
+
+
+def _unusable() -> str | None:
+    found = gpu.package("flash_attn")
+    if isinstance(found, str):
+        return found
+    return None if gpu.takes(found.flash_attn_func, "softcap") else "is older than 2.6"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -26,11 +25,10 @@ class FlashAttn3:
     appends = False
 
     def missing(self) -> str | None:
-        found = gpu.package("flash_attn_interface")
-        return found if isinstance(found, str) else gpu.no_gpu()
+        return _unusable() or gpu.no_gpu()
 
     def why_not(self, call: Call) -> str | None:
-        reason = gpu.not_for(call, (9, 0), (9, 9)) or self.missing()
+        reason = gpu.not_for(call, (9, 0), (9, 9)) or _unusable()
         if reason is not None:
             return reason
         if call.alibi is not None:
@@ -71,9 +69,14 @@ class FlashAttn3:
         return from_flash_attn(found[0], found[1], call)
 
 
+def _unusable() -> str | None:
+    found = gpu.package("flash_attn_interface")
+    return found if isinstance(found, str) else None
+
+
 def _with_lse(function: Any, *args: Any, **options: Any) -> Any:
     """Early versions always return the log-sum-exp and have no flag for it."""
-    if "return_attn_probs" in inspect.signature(function).parameters:
+    if gpu.takes(function, "return_attn_probs"):
         options["return_attn_probs"] = True
     return function(*args, **options)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor
@@ -26,15 +25,10 @@ class FlashAttn4:
     appends = False
 
     def missing(self) -> str | None:
-        found = gpu.package("flash_attn.cute", "flash_attn")
-        if isinstance(found, str):
-            return found
-        if "return_lse" not in inspect.signature(found.flash_attn_func).parameters:
-            return "is too old: it does not return the log-sum-exp"
-        return gpu.no_gpu()
+        return _unusable() or gpu.no_gpu()
 
     def why_not(self, call: Call) -> str | None:
-        reason = gpu.not_for(call, (9, 0), (11, 9), _WIDTHS[-1]) or self.missing()
+        reason = gpu.not_for(call, (9, 0), (11, 9), _WIDTHS[-1]) or _unusable()
         if reason is not None:
             return reason
         if call.query.shape[-1] not in _WIDTHS:
@@ -66,3 +60,11 @@ class FlashAttn4:
             }
         found = function(call.query, call.key, call.value, **options)
         return from_flash_attn(found[0], found[1], call)
+
+
+def _unusable() -> str | None:
+    found = gpu.package("flash_attn.cute", "flash_attn")
+    if isinstance(found, str):
+        return found
+    known = gpu.takes(found.flash_attn_func, "return_lse")
+    return None if known else "is too old: it does not return the log-sum-exp"

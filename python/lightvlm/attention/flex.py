@@ -29,7 +29,7 @@ class Flex:
         return gpu.no_gpu()
 
     def why_not(self, call: Call) -> str | None:
-        reason = gpu.not_for(call, (8, 0)) or self.missing()
+        reason = gpu.not_for(call, (8, 0))
         if reason is not None:
             return reason
         if not call.dense:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -66,3 +68,9 @@ def package(name: str, parent: str = "") -> ModuleType | str:
         return importlib.import_module(name)
     except Exception as error:  # a package that was built for another torch fails in any way
         return f"does not import: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+
+
+@functools.cache
+def takes(function: Callable[..., object], parameter: str) -> bool:
+    """Whether a function of a package has the parameter, looked up once."""
+    return parameter in inspect.signature(function).parameters

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .call import Call
 from .logits import row_logits
+from .native import no_ops
 from .spans import capacity_of
 
 _TILE_NUMBERS = 1 << 21
@@ -37,7 +38,7 @@ def importance(call: Call, lse: Tensor, last: int, rows: Tensor | None) -> Tenso
 
     p = exp(logit - lse) for each probe row, mean over the rows that see the key (for each head), then over the query
     heads. ``lightvlm_ext.ops.importance`` computes it where the logits are scaled products alone; with a window,
-    softcap or ALiBi plain torch does, W rows times the keys at a time at most.
+    softcap or ALiBi, or where the ops are not built, plain torch does, W rows times the keys at a time at most.
 
     lse: as the call returned it.   last: the last so many rows of each sequence, where rows is None.
     rows: (W,) or (B, W), which query rows of each sequence; negative: from its end. In a packed call a row that a
@@ -49,7 +50,8 @@ def importance(call: Call, lse: Tensor, last: int, rows: Tensor | None) -> Tenso
         return torch.zeros(shape, dtype=torch.float32, device=call.query.device)
     probes = _probe_rows(call, lse, last, rows)
     key = _keys(call)
-    if call.windowed or call.softcap > 0 or call.alibi is not None:
+    shaped = call.windowed or call.softcap > 0 or call.alibi is not None
+    if shaped or no_ops(call.query.device) is not None:
         found = torch.stack([_plain(call, probes, key, row) for row in range(call.batch)])
     else:
         found = _native(call, probes, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class TorchFlash:
         return gpu.no_gpu()
 
     def why_not(self, call: Call) -> str | None:
-        reason = gpu.not_for(call, (8, 0)) or self.missing()
+        reason = gpu.not_for(call, (8, 0))
         if reason is not None:
             return reason
         if call.softcap > 0:
@@ -102,5 +103,8 @@ def _op() -> Any:
     return torch.ops.aten._flash_attention_forward.default
 
 
-def _arguments() -> set[str]:
-    return {argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments}
+@functools.cache
+def _arguments() -> frozenset[str]:
+    return frozenset(
+        argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments
+    )

@@ -12,6 +12,8 @@ from lightvlm.attention import backends, choice, flash_attn_func, flash_attn_wit
 from lightvlm.attention.call import Call
 from torch import Tensor
 
+from lightvlm_ext import _library
+
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -143,6 +145,27 @@ def test_no_backend_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_candidates", lambda call: choice.TABLE[:1])
     with pytest.raises(ValueError, match="no attention backend can run this call"):
         flash_attn_func(*tensors())
+
+
+def test_without_the_compiled_ops(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything works, decoding and importance too, on torch alone."""
+    args = [x.bfloat16() for x in tensors(1)]
+    options: dict[str, Any] = {"cache_seqlens": 5, "importance_window": 1}
+    wanted = flash_attn_with_kvcache(*args, **options)
+    prompts = [flash_attn_func(*tensors(), causal=causal, importance_window=2) for causal in (False, True)]
+    monkeypatch.setattr(_library, "_loaded", None)
+    monkeypatch.setenv("LIGHTVLM_LIBRARY", "/nowhere/_C.so")
+    assert "missing at /nowhere" in {one.name: one.missing for one in backends()}["decode"]
+    ran.clear()
+    found = flash_attn_with_kvcache(*args, **options)
+    assert ran == ["cpu_flash"]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)  # two kernels' roundings of bf16
+    torch.manual_seed(0)  # the same tensors once more
+    tensors(1)
+    for causal, prompt in zip((False, True), prompts, strict=True):
+        _, scores = flash_attn_func(*tensors(), causal=causal, importance_window=2)
+        torch.testing.assert_close(scores, prompt[1])
 
 
 def test_doctor_shows_them(capsys: pytest.CaptureFixture[str]) -> None:

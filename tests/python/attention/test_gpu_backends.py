@@ -5,6 +5,7 @@ What the kernels themselves compute, test_attention_gpu.py asks.
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
@@ -254,13 +255,18 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     refused("cudnn", "takes at least two queries and keys", q[:, :1], k)
     refused("cudnn", "has no window, softcap or ALiBi", q, k, window_size=(1, 1))
     refused("flex", "takes head_dim of a power of 2 from 16, not 48", q[..., :48], k[..., :48])
-    monkeypatch.setattr(torch_flash, "_arguments", lambda: {"query"})
+    monkeypatch.setattr(torch_flash, "_arguments", lambda: frozenset(["query"]))
     refused("torch_flash", "has no window_size_left in torch", q, k, window_size=(1, 1))
     monkeypatch.setattr(gpu, "capability", lambda device: (7, 5))
     for backend in BY_BACKEND:
         refused(backend, "is for compute capability .*, and this GPU has 7.5", q, k)
     monkeypatch.setattr(gpu, "capability", lambda device: (12, 0))
     refused("flash_attn_3", r"is for compute capability 9.0 to 9.9, and this GPU has 12.0", q, k)
+    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
+    old = types.SimpleNamespace(flash_attn_func=lambda q, k, v, causal=False: None)
+    monkeypatch.setattr(gpu, "package", lambda name, parent="": old)
+    refused("flash_attn_2", "is older than 2.6", q, k)
+    refused("flash_attn_4", "is too old: it does not return the log-sum-exp", q, k)
     monkeypatch.setattr(gpu, "package", lambda name, parent="": "is not installed")
     refused("flash_attn_2", "is not installed", q, k)
 
