@@ -98,6 +98,8 @@ def causal_rows(
     batch, heads, length, _ = query.shape
     out = value.new_zeros(batch, length, heads, value.shape[-1])
     for row, start in enumerate(starts):
+        if start == length:  # a chunk of a prompt may hold nothing but a row's padding
+            continue
         part = [x[row : row + 1, :, start:] for x in (query, key, value)]
         out[row, start:] = call(module, *part, _eager_mask(part[0]) if eager else None, **kwargs)[0][0]
     return out

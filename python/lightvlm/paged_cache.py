@@ -107,7 +107,7 @@ class PagedCompactCache(CompactCache):
         cache = cls(config, found.plan, pages=pages)
         to_pages(found.layers, cache.layers, follows_mask=not found.leftpad)
         cache.leftpad, cache.since_compaction = found.leftpad, found.since_compaction
-        cache.transcript = found.transcript
+        cache.transcript, cache.position_shifts = found.transcript, found.position_shifts
         return cache
 
     def release(self) -> None:

@@ -35,8 +35,8 @@ def _positions(row: RowLayout, start: int, probe: Probe, drafts: int) -> list[in
 
 
 def question_tokens(row: RowLayout, drafts: int) -> int:
-    """Tokens of a row that belong to the question."""
-    return row.tokens - (drafts if drafts <= row.trailing_text else 0)
+    """Tokens of a row that belong to the question: all of them, where the drafts would leave none or reach an image."""
+    return row.tokens - (drafts if drafts <= row.trailing_text and drafts < row.tokens else 0)
 
 
 @overload
@@ -98,11 +98,15 @@ def spread(
         leftpad=leftpad,
         axis="query",
     )
-    if received.shape[1] == length and all(at[-1] in (-1, length - 1) for at in row_pos):
+    if received.shape[1] == length and all(
+        at in (-1, place) for row in row_pos for place, at in enumerate(row)
+    ):
         return received
     scores = received.new_zeros(batch, length)
     for row, at in enumerate(row_pos):  # contiguous stretches, known on the host
         inside = [place for place in at if place >= 0]
+        if not inside:  # all of it is padding
+            continue
         first = at.index(inside[0])
         scores[row, inside[0] : inside[-1] + 1] = received[row, first : first + len(inside)]
     return scores

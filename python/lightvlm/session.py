@@ -135,6 +135,7 @@ class Prefill:
         self._within = upload(layout.within, device)
         self._raters: Tensor | None = None
         self._sizes: Tensor | None = None
+        self._first: Tensor | None = None
         self._next: Tensor | None = None
         self._inputs: dict[str, Any] = {}
         self._scores: Tensor | None = None
@@ -153,8 +154,12 @@ class Prefill:
 
     def begin(self, positions: Tensor) -> None:
         """At the decoder: positions (B, S) or (axes, B, S) of the tokens, as the rotary embedding gets them."""
-        furthest = positions.amax(-1) + 1
-        self._next = furthest[-3:].amax(0) if positions.dim() == 3 else furthest
+        if positions.dim() == 3:
+            positions = positions[-3:].amax(0)
+        starts = upload(self.level.starts, positions.device, torch.int64)[:, None]
+        positions = positions.expand(len(starts), -1)
+        self._first = positions.gather(1, starts.clamp_max(positions.shape[1] - 1))
+        self._next = positions.amax(-1) + 1
 
     def give_tower(self, scores: Tensor, keys: Tensor | None) -> None:
         """At the decoder: scores (B, S) and keys (B, S, Ct) of the vision tower, 0 for text."""
@@ -315,15 +320,20 @@ class Prefill:
             self._inputs["position_ids"] = _tokens_back(cut[4], position_ids.dim() + 1)[..., 0]
 
     def _renumber(self, stage: StagePlan, hidden: Tensor) -> None:
-        """Number the tokens of rows that lost some from 0 on, and say where generated ones go on."""
+        """Number the tokens of rows that lost some one by one from where each row's first token stands (0, but where
+        the caller's positions count padding), and say where generated ones go on."""
+        assert self._first is not None
+        assert self._next is not None
         device = hidden.device
+        first, following = self._first.to(device), self._next.to(device)
         lost = [
-            row.tokens < first.tokens for row, first in zip(self.level.rows, self.levels[0].rows, strict=True)
+            row.tokens < before.tokens
+            for row, before in zip(self.level.rows, self.levels[0].rows, strict=True)
         ]
         changed = upload(lost, device, torch.bool)[:, None]
         starts = upload(self.level.starts, device)[:, None]
         slots = torch.arange(self.level.length, device=device)
-        places = (slots - starts).clamp_min(0)
+        places = (slots - starts).clamp_min(0) + first
         if self.part.positions == "renumber_prompt":  # an answer stands where it would be generated
             changed = changed & (slots < upload(self._ends(), device)[:, None])
         tables = self._adapter.rotary_tables(hidden, places)
@@ -334,9 +344,9 @@ class Prefill:
         position_ids = self._inputs.get("position_ids")
         if position_ids is not None:
             self._inputs["position_ids"] = torch.where(changed, places, position_ids)
-        if self.part.positions == "renumber" and self._next is not None:
-            tokens = upload([row.tokens for row in self.level.rows], device)
-            self.shifts.append((stage.stage.layer, torch.where(changed[:, 0], tokens - self._next, 0)))
+        if self.part.positions == "renumber":
+            behind = first[:, 0] + upload([row.tokens for row in self.level.rows], device)
+            self.shifts.append((stage.stage.layer, torch.where(changed[:, 0], behind - following, 0)))
 
 
 def text_places(layout: BatchLayout, prefill: Prefill | None, layers: int) -> list[list[list[int]]]:

@@ -604,7 +604,14 @@ def test_bytes(model: Any, family: Family) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan", [Plan(), plan_of("every-token"), plan_of("queries")], ids=["whole", "mass", "queries"]
+    "plan",
+    [
+        Plan(),
+        plan_of("every-token"),
+        plan_of("queries"),
+        lightvlm.LightKV(layers=(1, 2, 3), windows=(1,), positions="renumber", min_image_tokens=0),
+    ],
+    ids=["whole", "mass", "queries", "renumbered"],
 )
 @pytest.mark.parametrize("kinds", ["paged-compact", "compact-paged", "paged-paged"])
 def test_files(family: Family, model: Any, plan: Plan, kinds: str, tmp_path: Path) -> None:

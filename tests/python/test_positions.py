@@ -110,6 +110,17 @@ def test_drafts_are_numbered_alike(llava: Any) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("how", ["renumber", "renumber_prompt"])
+def test_padding_counts_where_the_caller_counts_it(llava: Any, how: str) -> None:
+    """forward() without position_ids counts padding: answers stand as far from the prompt as they do without it."""
+    plan = Plan(prefill=EveryOther(layer=2, positions=how))
+    with torch.no_grad(), lightvlm.attach(llava, plan):
+        together = llava(**LLAVA.batch(ROWS_OF_EVEN), logits_to_keep=2).logits
+        for row, found in zip(ROWS_OF_EVEN, together, strict=True):
+            alone = llava(**LLAVA.batch([row]), logits_to_keep=2).logits[0]
+            assert (found - alone).abs().max() <= 1e-4
+
+
 def test_numbering_matters(llava: Any) -> None:
     """The tests above could not fail if positions did not matter."""
     found = {}

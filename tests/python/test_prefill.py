@@ -370,3 +370,15 @@ def test_the_same_input_gives_the_same_bits(model: Any, family: Family) -> None:
         with lightvlm.attach(model, PLANS[-1]):
             found.append(generate_logits(model, family.batch(ROWS), 8)[1])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("plan", [lightvlm_plan(), lightvlm.method("vl_cache", keep=0.3, min_tokens=4)])
+def test_a_chunk_that_is_padding_in_a_row(model: Any, family: Family, plan: lightvlm.Plan) -> None:
+    """The first chunk holds the whole image of one row, and none of the other, which is left as it is."""
+    rows = [[1, 2, Image(0), *range(3, 14)], [*range(6, 15)]]
+    with lightvlm.attach(model, plan):
+        together = generate(model, family.batch(rows), 6, prefill_chunk_size=20)
+        alone = generate(model, family.batch(rows[:1]), 6, prefill_chunk_size=20)
+    assert torch.equal(together[0], alone[0])
+    assert torch.equal(together[1], generate(model, family.batch(rows[1:]), 6)[0])
+    assert not torch.equal(alone, generate(model, family.batch(rows[:1]), 6))

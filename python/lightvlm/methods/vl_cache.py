@@ -101,7 +101,7 @@ class VLCachePart(PromptCachePart):
             return [None] * len(seen)
         counts = torch.stack([one.low for _, one in seen]).tolist()
         spread = [
-            [1 - low / number for low, number in zip(own, one.weights, strict=True)]
+            [1 - low / max(1, number) for low, number in zip(own, one.weights, strict=True)]
             for own, (_, one) in zip(counts, seen, strict=True)
         ]
         totals = [sum(rows) for rows in zip(*spread, strict=True)]

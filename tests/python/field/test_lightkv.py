@@ -201,6 +201,22 @@ def test_causal_guidance_is_attention_from_the_text_behind(llava: Any) -> None:
     assert (found - expected).abs().max() <= 4 * noise(llava, LLAVA, ROWS) + 1e-5
 
 
+SHORT = [[1, 2, Image(1), 5, 6, 7, 8, 9], [9, 8, 7]]
+FEW_BEHIND = [[1, 2, 3, 4, 5, 6, 7, Image(1), 5, 6], [4, Image(2), 1, 2, 3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("rows", [SHORT, FEW_BEHIND], ids=["a row is drafts", "drafts of some rows"])
+@pytest.mark.parametrize("guidance", ["prompt", "causal"])
+def test_drafts_of_some_rows(llava: Any, rows: Any, guidance: Any) -> None:
+    """Rows whose text is not longer than the drafts ask with all of it, which shifts no other row's weights."""
+    plan = lightvlm.LightKV(0.7, layers=(2,), windows=(1,), guidance=guidance, min_image_tokens=0)
+    with torch.no_grad(), lightvlm.attach(llava, plan):
+        together = llava(**LLAVA.batch(rows), logits_to_keep=4).logits
+        for row, found in zip(rows, together, strict=True):
+            alone = llava(**LLAVA.batch([row]), logits_to_keep=4).logits[0]
+            assert (found[-len(alone) :] - alone).abs().max() <= 1e-4
+
+
 @pytest.mark.parametrize("tokens", [576, 2144])
 def test_published_counts(tokens: int) -> None:
     part = LightKVPrefill()
