@@ -58,7 +58,9 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float)
     if mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     if group > 1 and rows == 1 and mask.shape[1] == 1:
-        query = query.reshape(batch, heads // group, group, width)  # as rows of one head they read its keys once
+        query = query.reshape(
+            batch, heads // group, group, width
+        )  # as rows of one head they read its keys once
     elif group > 1:
         # Not enable_gqa: with a mask that takes the kernel on CUDA which makes all logits.
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
@@ -67,7 +69,13 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float)
 
 
 def _tiled(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Row by row of the batch, so that a batch is the same as one by one; fp32."""
     batch, rows, heads, _ = query.shape

@@ -83,7 +83,9 @@ def _make() -> dict[str, ModuleType]:
         for name in flash_attn_interface.__all__
         if name.startswith("flash_attn_")
     }
-    padding = {name: getattr(flash_attn_interface, name) for name in ("index_first_axis", "pad_input", "unpad_input")}
+    padding = {
+        name: getattr(flash_attn_interface, name) for name in ("index_first_axis", "pad_input", "unpad_input")
+    }
     package = _module(PACKAGE, functions | {"__version__": VERSION}, is_package=True)
     parts = {
         "flash_attn_interface": _module(f"{PACKAGE}.flash_attn_interface", functions),

@@ -3,8 +3,8 @@
 transformers hands a mask from the function that makes it to the layers as a 4-D tensor, moves it between devices, makes
 it contiguous, and passes 4-D masks on untouched. So this is one: int32 (B, 2, sides, width), where ``[:, 0]`` is where
 the keys of each row begin and ``[:, 1]`` where they end. How rows look at them is in the shape, which a layer can read
-without waiting for a device: sides 1 is causal, 2 looks both ways; width is the window's left side + 2, so 1 where there
-is no window.
+without waiting for a device: sides 1 is causal, 2 looks both ways; width is the window's left side + 2, so 1 where no
+window is.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 
 class RowSpans(NamedTuple):
-    """Row i of Sq queries stands at key p = i + end - Sq of its sequence, keys [begin, end), as in :class:`.call.Call`.
+    """Row i of Sq queries stands at key p = i + end - Sq; its sequence's keys are [begin, end). As :class:`.call.Call`.
 
-    begin, end: (B,) int32.   causal: keys after p are hidden.   left: keys before p - left are, and, if not causal, those
-    after p + left; -1: no window.
+    begin, end: (B,) int32.   causal: keys after p are hidden.   left: keys before p - left are hidden, and, if not
+    causal, those after p + left; -1: no window.
     """
 
     begin: Tensor

@@ -34,9 +34,10 @@ _REFUSED = {
 def register_attention() -> None:
     """Make ``attn_implementation="lightvlm"`` known to transformers, with its mask function.
 
-    Afterwards ``from_pretrained(..., attn_implementation="lightvlm")`` and ``model.set_attn_implementation("lightvlm")``
-    work, also for a part: ``{"text_config": "lightvlm", "vision_config": "sdpa"}``. Nothing else of transformers
-    changes. May be called again. Importing lightvlm does not call it, as that would import transformers.
+    Afterwards ``from_pretrained(..., attn_implementation="lightvlm")`` works, and
+    ``model.set_attn_implementation("lightvlm")``, also for a part of a model:
+    ``{"text_config": "lightvlm", "vision_config": "sdpa"}``. Nothing else of transformers changes. May be called again.
+    Importing lightvlm does not call it, as that would import transformers.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -90,7 +91,12 @@ def attention(
     if spans is not None:
         causal = spans.causal
     window = _window(spans, causal, sliding_window)
-    shaping: dict[str, Any] = {"softmax_scale": scale, "causal": causal, "window_size": window, "softcap": cap}
+    shaping: dict[str, Any] = {
+        "softmax_scale": scale,
+        "causal": causal,
+        "window_size": window,
+        "softcap": cap,
+    }
     if spans is not None:
         out, lse = flash_attn_with_kvcache(
             q, k, v, cache_seqlens=spans.end, cache_leftpad=spans.begin, return_softmax_lse=True, **shaping
@@ -150,11 +156,12 @@ def _packed(
     q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], shaping: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """out (B, Sq, Hq, D) and lse (B, Hq, Sq) of sequences that stand one after the other in all B rows."""
-    offsets = [options[name].to(q.device, torch.int32) for name in _PACKED[:2]]
-    longest = [int(options[name]) for name in _PACKED[2:]]
-    flat = [x.flatten(0, 1) for x in (q, k, v)]
-    out, lse, _ = flash_attn_varlen_func(*flat, *offsets, *longest, return_attn_probs=True, **shaping)
-    return out.view(q.shape), lse.unflatten(1, q.shape[:2]).transpose(0, 1)
+    batch = q.shape[0]
+    cu_q, cu_k = (options[name].to(q.device, torch.int32) for name in _PACKED[:2])
+    max_q, max_k = (int(options[name]) for name in _PACKED[2:])
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    out, lse, _ = flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, return_attn_probs=True, **shaping)
+    return out.unflatten(0, (batch, -1)), lse.unflatten(1, (batch, -1)).transpose(0, 1)
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

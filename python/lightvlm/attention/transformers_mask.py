@@ -52,9 +52,11 @@ def make_mask(
     if pattern is not None and simple and not _tracing():
         rows, offset = _queries(rest)
         device = attention_mask.device if attention_mask is not None else rest.get("device", "cpu")
-        found = _spans(pattern, batch_size, rows, offset - kv_offset, kv_length, kv_offset, attention_mask, device)
+        found = _spans(
+            pattern, batch_size, rows, offset - kv_offset, kv_length, kv_offset, attention_mask, device
+        )
         if found is not None:
-            return found if isinstance(found, Tensor) else None
+            return found.as_mask() if isinstance(found, RowSpans) else None
     mask: Tensor | None = sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
@@ -68,7 +70,8 @@ def make_mask(
     return mask
 
 
-_NOTHING_HIDDEN = "nothing"
+class _Nothing:
+    """No key is hidden, but those that causality hides from a row."""
 
 
 def _spans(
@@ -80,8 +83,8 @@ def _spans(
     offset: int,
     attention_mask: Tensor | None,
     device: Any,
-) -> Tensor | str | None:
-    """The mask, or _NOTHING_HIDDEN; None if spans cannot say it.   first: the key at which the first query stands."""
+) -> RowSpans | _Nothing | None:
+    """What is seen; None if spans cannot say it.   first: the key at which the first query stands."""
     end = first + rows
     left = pattern.left if pattern.left < keys - 1 else -1
     at_the_end = isinstance(end, int) and end == keys  # the last query stands at the last key
@@ -93,7 +96,7 @@ def _spans(
     whole = left < 0 and (at_the_end or not pattern.causal)
     if valid is None:
         if whole:
-            return _NOTHING_HIDDEN
+            return _Nothing()
         begins = torch.zeros(batch, dtype=torch.int32, device=device)
         ends = torch.full_like(begins, keys)
     else:
@@ -105,7 +108,7 @@ def _spans(
         if not one:
             return None
         if all_valid and whole:
-            return _NOTHING_HIDDEN
+            return _Nothing()
         if left >= 0 and not pattern.causal and not to_the_end:
             return None  # rows are counted from the end of their keys
     stop = torch.as_tensor(end, dtype=torch.int32, device=begins.device).expand(batch)
@@ -117,7 +120,7 @@ def _spans(
     elif pattern.causal:
         # Rows stand at their place in the cache. Padding behind the last token is hidden from all tokens by causality.
         ends = stop
-    return RowSpans(torch.minimum(begins, ends), ends, pattern.causal, left).as_mask()
+    return RowSpans(torch.minimum(begins, ends), ends, pattern.causal, left)
 
 
 def _of_keys(mask: Tensor, keys: int, offset: int) -> Tensor:
@@ -171,4 +174,4 @@ def _held(function: Callable[..., Any], like: Callable[..., Any]) -> dict[str, A
 
 
 def _tracing() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
