@@ -58,7 +58,9 @@ def test_spans_see_what_the_explicit_mask_does(data: st.DataObject) -> None:
     padding = None
     if data.draw(st.booleans()):
         bit = st.sampled_from([True, True, True, False])
-        padding = torch.tensor([data.draw(st.lists(bit, min_size=past + rows, max_size=past + rows)) for _ in "12"])
+        padding = torch.tensor(
+            [data.draw(st.lists(bit, min_size=past + rows, max_size=past + rows)) for _ in "12"]
+        )
     common: dict[str, Any] = {
         "batch_size": 2,
         "q_length": rows,
@@ -110,8 +112,15 @@ def test_padding_and_windows_are_short_masks() -> None:
         assert mask is not None
         assert is_spans(mask)
         spans = from_mask(mask)
-        assert (spans.begin.tolist(), spans.end.tolist(), spans.causal, spans.left) == (begins, [4, 4], True, -1)
-    window = make_mask(2, 4, q_length=4, mask_function=made.sliding_window_causal_mask_function(2), local_size=2)
+        assert (spans.begin.tolist(), spans.end.tolist(), spans.causal, spans.left) == (
+            begins,
+            [4, 4],
+            True,
+            -1,
+        )
+    window = make_mask(
+        2, 4, q_length=4, mask_function=made.sliding_window_causal_mask_function(2), local_size=2
+    )
     assert window is not None
     assert (from_mask(window).left, from_mask(window).causal) == (1, True)
     assert window.untyped_storage().nbytes() == 2 * 2 * 4
@@ -122,7 +131,10 @@ def test_padding_and_windows_are_short_masks() -> None:
     [
         {"allow_is_causal_skip": False},
         {"mask_function": made.and_masks(made.causal_mask_function, lambda b, h, q, k: k != 1)},
-        {"mask_function": made.chunked_causal_mask_function(2, torch.zeros(2, dtype=torch.int)), "local_size": 2},
+        {
+            "mask_function": made.chunked_causal_mask_function(2, torch.zeros(2, dtype=torch.int)),
+            "local_size": 2,
+        },
         {"attention_mask": torch.tensor([[True, False, True, True], [True] * 4])},
     ],
     ids=["materialize", "own pattern", "chunks", "hole"],
