@@ -152,7 +152,7 @@ def check_noise(found: Tensor, reference: Tensor, exact: Tensor) -> None:
     """Our error's root mean square, against the model in float64, is at most twice the reference's: both are the same
     roundings in another order, over thousands of logits."""
     ours, theirs = ((x - exact).square().mean().sqrt().item() for x in (found, reference))
-    assert 0 < theirs
+    assert theirs > 0
     assert ours <= 2 * theirs, (ours, theirs)
 
 
