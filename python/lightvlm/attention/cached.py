@@ -33,6 +33,7 @@ def _attend(
     interleaved: bool,
     at_once: bool,
     rotated_wanted: bool,
+    wants_lse: bool,
     lens: Tensor | None,
     leftpad: Tensor | None,
     batch_idx: Tensor | None,
@@ -46,18 +47,16 @@ def _attend(
     alibi: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The fields of a Call and of its NewTokens; capacity: tokens that a row has room for."""
-    ends, new = lens, None
-    if k is not None and v is not None:
-        assert lens is not None
-        ends = lens + k.shape[1]
-        new = NewTokens(k, v, lens, cos, sin, interleaved, at_once)
+    new = None if k is None or v is None else NewTokens(k, v, cos, sin, interleaved, at_once)
     shape = (query.shape[1], capacity, scale, left, right, softcap, alibi)
-    where = (None, None, ends, leftpad, batch_idx, block_table, splits)
-    call = Call(query, k_cache, v_cache, *shape, *where, new)
+    where = (None, None, lens, leftpad, batch_idx, block_table, splits)
+    call = Call(query, k_cache, v_cache, *shape, *where, new, wants_lse)
     check_values(call)
     backend = None if nothing_to_do(call) else choose(call)  # raises before anything is written
     rotated = query.new_empty(0)
-    if new is not None and (backend is None or not backend.appends or rotated_wanted):
+    if new is not None and (
+        backend is None or not backend.appends or rotated_wanted or not _as_flash_attn(call, new)
+    ):
         _write(call, new)
         if cos is not None and rotated_wanted:
             rotated = call.query
@@ -65,19 +64,26 @@ def _attend(
     return out.contiguous(), lse.contiguous(), rotated
 
 
+def _as_flash_attn(call: Call, new: NewTokens) -> bool:
+    """Whether flash-attn would rotate the queries of this call as `at_once` says. It goes by the mask that it is given,
+    and that may be none where the caller's window hid nothing."""
+    return new.cos is None or call.max_q == 1 or new.at_once == (not call.causal and not call.windowed)
+
+
 def _write(call: Call, new: NewTokens) -> None:
     """Rotates what is to be rotated and writes the new tokens: the call is one on a plain cache afterwards."""
-    key = new.key
+    key, lens = new.key, call.lens
+    assert lens is not None
     if new.cos is not None and new.sin is not None:
-        first = new.lens[:, None]
+        first = lens[:, None]
         steps = torch.arange(max(key.shape[1], call.query.shape[1]), device=key.device)
         rows = steps[: 1 if new.at_once else call.query.shape[1]]
         key = rotate(key, new.cos, new.sin, first + steps[: key.shape[1]], new.interleaved)
         call.query = rotate(call.query, new.cos, new.sin, first + rows, new.interleaved)
     clip = key.device.type != "cpu"
-    append_(call.key, key, new.lens, call.batch_idx, call.block_table, clip=clip)
-    append_(call.value, new.value, new.lens, call.batch_idx, call.block_table, clip=clip)
-    call.new = None
+    append_(call.key, key, lens, call.batch_idx, call.block_table, clip=clip)
+    append_(call.value, new.value, lens, call.batch_idx, call.block_table, clip=clip)
+    call.lens, call.new = call.ends(), None
 
 
 _attend_op = torch.library.custom_op(

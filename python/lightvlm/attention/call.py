@@ -11,13 +11,12 @@ from torch import Tensor
 class NewTokens:
     """What is to be written behind a cache's keys.
 
-    key, value: (B, Snew, Hkv, D).   lens: (B,) int32, keys before.   cos, sin: (positions, R / 2), or None: no rotary
+    key, value: (B, Snew, Hkv, D).   cos, sin: (positions, R / 2), or None: no rotary
     embedding.   interleaved: pairs are neighbours.   at_once: all queries are rotated at the position of the first.
     """
 
     key: Tensor
     value: Tensor
-    lens: Tensor
     cos: Tensor | None
     sin: Tensor | None
     interleaved: bool
@@ -41,9 +40,10 @@ class Call:
     With block_table (B, max_blocks) int32, key and value are pages (P, page_size, Hkv, D), token n of row b in page
     block_table[b, n // page_size]; in the packed layout cu_k then only says how many keys each row has.
 
-    new: keys and values that the backend itself has to write first, lens being what they are afterwards; query is not
-    rotated yet then. Only for backends that say that they append.
+    new: keys and values that are to be written behind lens first, and query rotated with them. Only backends that say
+    that they append get to see it.
     max_q, max_k: no sequence is longer.   alibi: (Hq,) or (B, Hq) fp32.   splits: a hint, as flash-attn's num_splits.
+    wants_lse: whether anybody will look at the log-sum-exp.
     """
 
     query: Tensor
@@ -64,6 +64,7 @@ class Call:
     block_table: Tensor | None = None
     splits: int = 0
     new: NewTokens | None = None
+    wants_lse: bool = True
 
     @property
     def packed(self) -> bool:
@@ -94,6 +95,10 @@ class Call:
     def group(self) -> int:
         """Query heads of each key head."""
         return self.query.shape[-2] // self.key.shape[-2]
+
+    def ends(self) -> Tensor | None:
+        """(B,) int32, lens with the new tokens."""
+        return self.lens if self.new is None or self.lens is None else self.lens + self.new.key.shape[1]
 
     def slopes(self, row: int) -> Tensor | None:
         """(Hq,) ALiBi slopes of a batch row."""

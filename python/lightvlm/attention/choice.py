@@ -13,8 +13,14 @@ from torch import Tensor
 
 from .call import Call
 from .cpu_flash import CpuFlash
+from .cudnn import Cudnn
 from .decode import Decode
+from .flash_attn_2 import FlashAttn2
+from .flash_attn_3 import FlashAttn3
+from .flash_attn_4 import FlashAttn4
+from .flex import Flex
 from .tiled import Tiled
+from .torch_flash import TorchFlash
 
 VARIABLE = "LIGHTVLM_ATTENTION"
 
@@ -30,6 +36,9 @@ class Backend(Protocol):
     about: str
     appends: bool
 
+    def missing(self) -> str | None:
+        """Why it can run nothing on this machine, to be read after the backend's name; None if it can."""
+
     def why_not(self, call: Call) -> str | None:
         """None if it can run the call, else the reason, to be read after the backend's name."""
 
@@ -38,7 +47,17 @@ class Backend(Protocol):
         key."""
 
 
-TABLE: tuple[Backend, ...] = (Decode(), CpuFlash(), Tiled())
+TABLE: tuple[Backend, ...] = (
+    FlashAttn3(),
+    FlashAttn4(),
+    FlashAttn2(),
+    TorchFlash(),
+    Decode(),
+    CpuFlash(),
+    Cudnn(),
+    Flex(),
+    Tiled(),
+)
 """In the order in which they are tried."""
 
 _asked: ContextVar[str | None] = ContextVar("lightvlm_attention", default=None)
@@ -55,7 +74,7 @@ class BackendInfo:
 
 def backends() -> tuple[BackendInfo, ...]:
     """All backends in the order in which they are tried, and which of them can run here."""
-    return tuple(BackendInfo(backend.name, backend.about, _missing(backend)) for backend in TABLE)
+    return tuple(BackendInfo(backend.name, backend.about, backend.missing()) for backend in TABLE)
 
 
 @contextlib.contextmanager
@@ -103,11 +122,6 @@ def _known(name: str, argument: str) -> str:
     if name not in names:
         raise ValueError(f"{argument}: got {name!r}, must be one of {', '.join(names)}")
     return name
-
-
-def _missing(backend: Backend) -> str | None:
-    found = getattr(backend, "missing", None)
-    return found() if found is not None else None
 
 
 def _describe(call: Call) -> str:

@@ -23,6 +23,9 @@ class CpuFlash:
     about = "torch's FlashAttention for CPUs, aten::_scaled_dot_product_flash_attention_for_cpu"
     appends = False
 
+    def missing(self) -> str | None:
+        return None
+
     def why_not(self, call: Call) -> str | None:
         if call.query.device.type != "cpu":
             return f"runs on a CPU, and query is on {call.query.device}"

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightvlm_ext import _library
 from lightvlm_ext._kv import PACKED_HEAD_DIMS, PAGE_SIZES, KVSegment
 
 from .call import Call
@@ -23,6 +24,13 @@ class Decode:
     about = "lightvlm_ext.ops.decode_attention, one query token a row"
     appends = False
 
+    def missing(self) -> str | None:
+        try:
+            _library.load()
+        except ImportError as error:
+            return str(error)
+        return None
+
     def why_not(self, call: Call) -> str | None:
         if call.packed or call.query.shape[1] != 1:
             return "takes one query token a row"
@@ -38,7 +46,7 @@ class Decode:
             return f"takes pages of a multiple of 16 up to 256 tokens, not {call.key.shape[1]}"
         if call.block_table is None and call.batch_idx is not None and _page_size(call) is None:
             return "reads rows by index as pages: the capacity must be a multiple of 16, the cache contiguous"
-        return _missing()
+        return self.missing()
 
     def run(self, call: Call) -> tuple[Tensor, Tensor]:
         from lightvlm_ext import ops
@@ -81,13 +89,3 @@ def _page_size(call: Call) -> int | None:
 
 def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _missing() -> str | None:
-    from lightvlm_ext import _library
-
-    try:
-        _library.load()
-    except ImportError as error:
-        return str(error)
-    return None

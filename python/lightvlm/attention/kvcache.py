@@ -111,6 +111,7 @@ def flash_attn_with_kvcache(
         rotary_interleaved,
         at_once,
         probes is not None,
+        return_softmax_lse or probes is not None,
         lens,
         cache_leftpad,
         cache_batch_idx,

@@ -30,13 +30,14 @@ def attend(
     max_k: int,
     shape: Shape,
     *,
+    wants_lse: bool,
     cu_q: Tensor | None = None,
     cu_k: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, both contiguous, of the call that these are fields of."""
     call = _attend_op if torch.compiler.is_compiling() else _attend
-    return call(query, key, value, max_q, max_k, *shape, cu_q, cu_k, block_table)
+    return call(query, key, value, max_q, max_k, *shape, cu_q, cu_k, block_table, wants_lse)
 
 
 def _attend(
@@ -53,9 +54,10 @@ def _attend(
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     block_table: Tensor | None,
+    wants_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = (max_q, max_k, scale, left, right, softcap, alibi)
-    call = Call(query, key, value, *shape, cu_q, cu_k, block_table=block_table)
+    call = Call(query, key, value, *shape, cu_q, cu_k, block_table=block_table, wants_lse=wants_lse)
     check_values(call)
     return run(call)
 

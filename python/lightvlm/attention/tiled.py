@@ -21,6 +21,9 @@ class Tiled:
     about = "plain torch, fp32 accumulation, tiles of query rows"
     appends = False
 
+    def missing(self) -> str | None:
+        return None
+
     def why_not(self, call: Call) -> str | None:
         if call.packed and call.query.device.type != "cpu":
             return "packed sequences on a device: their lengths would have to be fetched, which waits for it"

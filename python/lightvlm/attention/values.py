@@ -63,7 +63,8 @@ def _check_offsets(
 
 def _check_cache(call: Call) -> None:
     capacity, new = capacity_of(call), 0 if call.new is None else call.new.key.shape[1]
-    ends = [capacity] * call.batch if call.lens is None else call.lens.tolist()
+    lens = call.ends()
+    ends = [capacity] * call.batch if lens is None else lens.tolist()
     for row, end in enumerate(ends):
         if not new <= end <= capacity:
             raise ValueError(no_room(f"row {row} has {end - new}", new, capacity))

@@ -75,7 +75,16 @@ def flash_attn_varlen_func(
     )
     probes = arguments.probes_of(importance_window, q, batch)
     out, lse = ops.attend(
-        q, k, v, max_q, max_k, shape, cu_q=cu_seqlens_q, cu_k=cu_seqlens_k, block_table=block_table
+        q,
+        k,
+        v,
+        max_q,
+        max_k,
+        shape,
+        wants_lse=return_attn_probs or probes is not None,
+        cu_q=cu_seqlens_q,
+        cu_k=cu_seqlens_k,
+        block_table=block_table,
     )
     if probes is None:
         return (out, lse, None) if return_attn_probs else out

@@ -121,10 +121,10 @@ def test_opcheck(name: str) -> None:
     lens = torch.tensor([5, 9], dtype=torch.int32)
     shape = (0.2, -1, 0, 0.0, None)
     args: dict[str, tuple[Any, ...]] = {
-        "attend": (q, k, k.clone(), 3, 16, *shape, None, None, None),
+        "attend": (q, k, k.clone(), 3, 16, *shape, None, None, None, True),
         "attend_cache": (
             q, k, k.clone(), k[:, :3].clone(), k[:, 3:6].clone(), torch.rand(16, 8), torch.rand(16, 8), True, False,
-            True, lens, None, None, None, 0, 16, *shape,
+            True, True, lens, None, None, None, 0, 16, *shape,
         ),
         "importance": (q, k, torch.randn(2, 4, 3), 2, None, 3, 16, *shape, None, None, lens, None, None, None),
     }  # fmt: skip
