@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightvlm import attention
 from lightvlm.attention.choice import TABLE
+from lightvlm.attention.row_spans import RowSpans
 from lightvlm.attention.transformers_hook import attention as hook
 from python.test_prefill import lightvlm_plan
 from python.tiny import INTERNVL, LLAVA, QWEN, VOCABULARY, Family, Image, generate, generate_logits
@@ -304,6 +305,42 @@ def test_every_way_through_the_function(form: str, sinks: bool, cap: float) -> N
     found, weights = hook(Module(), query, key, value, mask, softcap=cap or None, s_aux=sink)
     assert weights is None
     expected = explicit(query, key, value, seen, 8**-0.5, cap, sink)
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def band(rows: int, keys: int, left: int, right: int, begin: int = 0, end: int | None = None) -> Tensor:
+    """(Sq, Sk) bool: row i stands at key i + end - Sq and sees keys [begin, end) within left and right of it."""
+    end = keys if end is None else end
+    at = torch.arange(rows)[:, None] + end - rows
+    key = torch.arange(keys)
+    seen = (key >= begin) & (key < end) & ((left < 0) | (key >= at - left))
+    return seen & ((right < 0) | (key <= at + right))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [-1, 1, 2])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(("begin", "end"), [(0, 6), (2, 6), (1, 5), (6, 6)])
+def test_row_spans(begin: int, end: int, sinks: bool, window: int, causal: bool) -> None:
+    """What the mask says, whatever the module says of causality; a window may be the mask's or the layer's."""
+    query, key, value = qkv(4, 6)
+    sink = torch.tensor([0.5, -1.0, 2.0, 0.0]) if sinks else None
+    module = Module()
+    module.is_causal = not causal
+    seen = band(4, 6, window, 0 if causal else window, begin, end)
+    expected = explicit(query, key, value, seen, 8**-0.5, 0.0, sink)
+    for of_mask, of_layer in ((window, None), (-1, window + 1 if window >= 0 else None), (window, 7)):
+        spans = RowSpans(torch.tensor([begin]), torch.tensor([end]), causal, of_mask)
+        found, _ = hook(module, query, key, value, spans.as_mask(), sliding_window=of_layer, s_aux=sink)
+        torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_without_a_mask(causal: bool) -> None:
+    """The layer's sliding_window counts the row's own key; both ways, as transformers' flash attention has it."""
+    query, key, value = qkv(4, 6)
+    found, _ = hook(Module(), query, key, value, None, sliding_window=2, is_causal=causal)
+    expected = explicit(query, key, value, band(4, 6, 1, 0 if causal else 1), 8**-0.5, 0.0, None)
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
 
 
