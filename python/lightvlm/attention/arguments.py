@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lightvlm_ext import _checks
 
+from ..host import upload
+
 MAX_WIDTH = 256
 Window = int | Sequence[int] | Tensor | None
 
@@ -33,29 +35,38 @@ class Probes(NamedTuple):
 
 def check_heads(query: object, key: object, value: object, names: tuple[str, str, str], form: str) -> None:
     """query, key and value fit each other.   form: "dense" (4 dimensions), "packed" (3), "pages" (query 3, keys 4)."""
-    tensors = [_checks.tensor(x, name) for x, name in zip((query, key, value), names, strict=True)]
-    queries, keys, values = tensors
-    _checks.dtype(queries, names[0], *_checks.FLOATING)
-    for tensor, name in zip(tensors[1:], names[1:], strict=True):
-        _checks.dtype(tensor, name, queries.dtype)
-        _checks.same_device(tensor, name, queries, names[0])
-    _checks.shape(queries, names[0], ("total_q", "Hq", "D") if form != "dense" else ("B", "Sq", "Hq", "D"))
-    width, heads = queries.shape[-1], queries.shape[-2]
-    if form == "packed":
-        wanted: tuple[int | str, ...] = ("total_k", "Hkv", width)
-    elif form == "pages":
-        wanted = ("P", "page_size", "Hkv", width)
-    else:
-        wanted = ("B", "Sk", "Hkv", width)
-    _checks.shape(keys, names[1], wanted)
-    _checks.shape(values, names[2], tuple(keys.shape))
+    q, k, v = (_checks.tensor(x, name) for x, name in zip((query, key, value), names, strict=True))
+    if not _fit(q, k, v, form):
+        _say_why(q, k, v, names, form)
+
+
+def _fit(query: Tensor, key: Tensor, value: Tensor, form: str) -> bool:
+    """What _say_why goes through one by one, as quickly as it can be asked: decoding asks at every token."""
+    shape, of_keys = query.shape, key.shape
+    dims = 3 if form == "packed" else 4
+    if len(shape) != (4 if form == "dense" else 3) or len(of_keys) != dims or value.shape != of_keys:
+        return False
+    heads, width, key_heads = shape[-2], shape[-1], of_keys[-2]
+    alike = query.dtype == key.dtype == value.dtype and query.device == key.device == value.device
+    sizes = of_keys[-1] == width and 1 <= width <= MAX_WIDTH and key_heads >= 1 and heads >= 1
+    return alike and query.dtype in _checks.FLOATING and sizes and heads % key_heads == 0
+
+
+def _say_why(query: Tensor, key: Tensor, value: Tensor, names: tuple[str, str, str], form: str) -> None:
+    _checks.dtype(query, names[0], *_checks.FLOATING)
+    for tensor, name in zip((key, value), names[1:], strict=True):
+        _checks.dtype(tensor, name, query.dtype)
+        _checks.same_device(tensor, name, query, names[0])
+    _checks.shape(query, names[0], ("total_q", "Hq", "D") if form != "dense" else ("B", "Sq", "Hq", "D"))
+    width, heads = query.shape[-1], query.shape[-2]
+    rows = {"packed": ("total_k",), "pages": ("P", "page_size"), "dense": ("B", "Sk")}[form]
+    _checks.shape(key, names[1], (*rows, "Hkv", width))
+    _checks.shape(value, names[2], tuple(key.shape))
     if not 1 <= width <= MAX_WIDTH:
         raise ValueError(f"{names[0]}: has head_dim {width}, must be 1 to {MAX_WIDTH}")
-    key_heads = keys.shape[-2]
-    if key_heads < 1 or heads < 1 or heads % key_heads:
-        raise ValueError(
-            f"{names[0]}: has {heads} heads, must be a positive multiple of {names[1]}'s, {key_heads}"
-        )
+    raise ValueError(
+        f"{names[0]}: has {heads} heads, must be a positive multiple of {names[1]}'s, {key.shape[-2]}"
+    )
 
 
 def check_forward_only(**tensors: Tensor | None) -> None:
@@ -133,7 +144,7 @@ def probes_of(window: object, query: Tensor, batch: int) -> Probes | None:
         _checks.same_device(rows, "importance_window", query, "q")
     elif isinstance(window, Sequence) and not isinstance(window, str):
         numbers = [_checks.integer(row, "importance_window", -_checks.INT32_MAX) for row in window]
-        rows = torch.tensor(numbers, dtype=torch.int64, device=query.device)
+        rows = upload(numbers, query.device, torch.int64)
     else:
         return Probes(_checks.integer(window, "importance_window", 1), None)
     if rows.dim() == 1 and rows.shape[0] > 0:

@@ -81,8 +81,7 @@ def _write(call: Call, new: NewTokens) -> None:
         key = rotate(key, new.cos, new.sin, first + steps[: key.shape[1]], new.interleaved)
         call.query = rotate(call.query, new.cos, new.sin, first + rows, new.interleaved)
     clip = key.device.type != "cpu"
-    append_(call.key, key, lens, call.batch_idx, call.block_table, clip=clip)
-    append_(call.value, new.value, lens, call.batch_idx, call.block_table, clip=clip)
+    append_((call.key, call.value), (key, new.value), lens, call.batch_idx, call.block_table, clip=clip)
     call.lens, call.new = call.ends(), None
 
 

@@ -29,11 +29,13 @@ class Backend(Protocol):
     """One way to run a call.
 
     name: as use_backend() and LIGHTVLM_ATTENTION take it.   about: what it is.
+    gpu_only: whether it takes no tensor of a CPU.
     appends: whether run() itself writes the new tokens of a cache call (Call.new), and rotates.
     """
 
     name: str
     about: str
+    gpu_only: bool
     appends: bool
 
     def missing(self) -> str | None:
@@ -59,6 +61,7 @@ TABLE: tuple[Backend, ...] = (
     Tiled(),
 )
 """In the order in which they are tried."""
+_ON_CPU = tuple(backend for backend in TABLE if not backend.gpu_only)
 
 _asked: ContextVar[str | None] = ContextVar("lightvlm_attention", default=None)
 
@@ -104,17 +107,16 @@ def choose(call: Call) -> Backend:
     if asked is None:
         variable = os.environ.get(VARIABLE)
         asked = _known(variable, VARIABLE) if variable else None
-    reasons = []
-    for backend in TABLE:
-        reason = backend.why_not(call)
-        if reason is None and asked in (None, backend.name):
+    if asked is not None:
+        candidates: tuple[Backend, ...] = tuple(one for one in TABLE if one.name == asked)
+    else:
+        candidates = _ON_CPU if call.query.device.type == "cpu" else TABLE
+    for backend in candidates:
+        if backend.why_not(call) is None:
             return backend
-        reasons.append(f"  {backend.name}: {reason or 'could, but was not asked for'}")
-    wanted = (
-        "no attention backend" if asked is None else f"the attention backend {asked}, which was asked for,"
-    )
-    refused = "can run this call" if asked is None else "cannot run this call"
-    raise ValueError(f"{wanted} {refused} ({_describe(call)}):\n" + "\n".join(reasons))
+    lines = [f"  {one.name}: {one.why_not(call) or 'could, but was not asked for'}" for one in TABLE]
+    who = "no attention backend can" if asked is None else f"{asked}, the attention backend asked for, cannot"
+    raise ValueError(f"{who} run this call ({_describe(call)}):\n" + "\n".join(lines))
 
 
 def _known(name: str, argument: str) -> str:

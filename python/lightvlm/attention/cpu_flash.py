@@ -21,6 +21,7 @@ class CpuFlash:
 
     name = "cpu_flash"
     about = "torch's FlashAttention for CPUs, aten::_scaled_dot_product_flash_attention_for_cpu"
+    gpu_only = False
     appends = False
 
     def missing(self) -> str | None:

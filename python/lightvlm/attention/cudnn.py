@@ -20,6 +20,7 @@ class Cudnn:
 
     name = "cudnn"
     about = "cuDNN, aten::_scaled_dot_product_cudnn_attention"
+    gpu_only = True
     appends = False
 
     def missing(self) -> str | None:

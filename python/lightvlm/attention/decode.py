@@ -22,6 +22,7 @@ class Decode:
 
     name = "decode"
     about = "lightvlm_ext.ops.decode_attention, one query token a row"
+    gpu_only = False
     appends = False
 
     def missing(self) -> str | None:

@@ -21,6 +21,7 @@ class FlashAttn2:
 
     name = "flash_attn_2"
     about = "the flash_attn package"
+    gpu_only = True
     appends = True
 
     def missing(self) -> str | None:

@@ -22,6 +22,7 @@ class FlashAttn3:
 
     name = "flash_attn_3"
     about = "the flash_attn_interface package (FlashAttention 3)"
+    gpu_only = True
     appends = False
 
     def missing(self) -> str | None:

@@ -22,6 +22,7 @@ class FlashAttn4:
 
     name = "flash_attn_4"
     about = "the flash_attn.cute package (FlashAttention 4)"
+    gpu_only = True
     appends = False
 
     def missing(self) -> str | None:

@@ -22,6 +22,7 @@ class Flex:
 
     name = "flex"
     about = "torch.nn.attention.flex_attention, compiled"
+    gpu_only = True
     appends = False
 
     def missing(self) -> str | None:

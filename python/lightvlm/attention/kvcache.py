@@ -145,12 +145,17 @@ def _new_tokens(q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None) 
         raise ValueError(f"{missing}: is None, must be given where the other of k and v is")
     if k is None or v is None:
         return 0
-    wanted = (q.shape[0], _checks.tensor(k, "k").shape[1] if k.dim() == 4 else "Snew", *k_cache.shape[2:])
+    new = _checks.tensor(k, "k").shape[1] if k.dim() == 4 else "Snew"
+    wanted = (q.shape[0], new, *k_cache.shape[2:])
     for tensor, name in ((k, "k"), (v, "v")):
-        _checks.tensor(tensor, name)
-        _checks.dtype(tensor, name, q.dtype)
-        _checks.shape(tensor, name, wanted)
-        _checks.same_device(tensor, name, q, "q")
+        if (
+            _checks.tensor(tensor, name).shape != wanted
+            or tensor.dtype != q.dtype
+            or tensor.device != q.device
+        ):
+            _checks.dtype(tensor, name, q.dtype)
+            _checks.same_device(tensor, name, q, "q")
+            _checks.shape(tensor, name, wanted)
     return k.shape[1]
 
 

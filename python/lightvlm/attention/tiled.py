@@ -19,6 +19,7 @@ class Tiled:
 
     name = "tiled"
     about = "plain torch, fp32 accumulation, tiles of query rows"
+    gpu_only = False
     appends = False
 
     def missing(self) -> str | None:

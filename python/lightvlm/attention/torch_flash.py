@@ -22,6 +22,7 @@ class TorchFlash:
 
     name = "torch_flash"
     about = "torch's FlashAttention 2, aten::_flash_attention_forward"
+    gpu_only = True
     appends = False
 
     def missing(self) -> str | None:

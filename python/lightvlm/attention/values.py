@@ -63,8 +63,7 @@ def _check_offsets(
 
 def _check_cache(call: Call) -> None:
     capacity, new = capacity_of(call), 0 if call.new is None else call.new.key.shape[1]
-    lens = call.ends()
-    ends = [capacity] * call.batch if lens is None else lens.tolist()
+    ends = [capacity] * call.batch if call.lens is None else [length + new for length in call.lens.tolist()]
     for row, end in enumerate(ends):
         if not new <= end <= capacity:
             raise ValueError(no_room(f"row {row} has {end - new}", new, capacity))

@@ -205,7 +205,7 @@ def test_append_to_full_rows_on_a_device() -> None:
             for t in range(3):
                 if length + t < 6:
                     rows[b, length + t] = new[b, t]
-        append_(cache, new, lens, None, table, clip=True)
+        append_([cache], [new], lens, None, table, clip=True)
         assert torch.equal(cache if table is None else cache[table.long()].flatten(1, 2), rows)
 
 
