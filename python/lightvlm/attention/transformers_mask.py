@@ -42,14 +42,14 @@ def make_mask(
         None where nothing is hidden but what causality hides; int32 row spans (see ``row_spans.py``) for padding,
         static caches and sliding windows; and bool (B, 1, Sq, Sk) for everything else: padding amid a row, patterns of
         a model's own (images that look both ways, packed sequences, chunks), callers that will combine it with another
-        mask, and while a graph is traced, where nothing can be read.
+        mask, and padding while a graph is traced, where nothing can be read.
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     function = causal_mask_function if mask_function is None else mask_function
     pattern = _pattern_of(function)
     simple = pattern is not None and (allow_is_causal_skip if pattern.causal else allow_is_bidirectional_skip)
-    if pattern is not None and simple and not _tracing():
+    if pattern is not None and simple and not (_tracing() and _would_read(attention_mask, rest)):
         rows, offset = _queries(rest)
         device = attention_mask.device if attention_mask is not None else rest.get("device", "cpu")
         found = _spans(
@@ -142,7 +142,8 @@ def _queries(rest: dict[str, Any]) -> tuple[int, int | Tensor]:
 def _pattern_of(function: Callable[..., Any]) -> _Pattern | None:
     """The pattern that a mask function of transformers stands for; None if it is none that spans can say.
 
-    Functions with options are closures, which are told by their code and asked for the values they hold.
+    Functions with options are closures, which are told by their code and asked for the values they hold. A traced graph
+    cannot look into them.
     """
     from transformers import masking_utils as made
 
@@ -150,6 +151,8 @@ def _pattern_of(function: Callable[..., Any]) -> _Pattern | None:
         return _Pattern(True, -1)
     if function is getattr(made, "bidirectional_mask_function", None):
         return _Pattern(False, -1)
+    if _tracing():
+        return None
     parts = _held(function, made.and_masks()).get("mask_functions", ())
     if len(parts) != 2:
         return None
@@ -171,6 +174,10 @@ def _held(function: Callable[..., Any], like: Callable[..., Any]) -> dict[str, A
         return {}
     values = (cell.cell_contents for cell in function.__closure__)
     return dict(zip(function.__code__.co_freevars, values, strict=True))
+
+
+def _would_read(attention_mask: Tensor | None, rest: dict[str, Any]) -> bool:
+    return attention_mask is not None or "cache_position" in rest
 
 
 def _tracing() -> bool:

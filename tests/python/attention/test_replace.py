@@ -11,6 +11,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import lightvlm
 import pytest
@@ -208,6 +209,21 @@ def test_transformers_is_not_told_for_good() -> None:
     with replace_flash_attn():
         import_utils.is_flash_attn_greater_or_equal("2.1.0")
     assert import_utils.is_flash_attn_greater_or_equal.cache_info().currsize == 0
+
+
+def test_code_that_asks_transformers_first() -> None:
+    """What docs/attention.md tells to do about it."""
+    code = (
+        "from transformers.utils import is_flash_attn_2_available\n"
+        "if is_flash_attn_2_available():\n    from flash_attn import flash_attn_func\n"
+    )
+    found: dict[str, Any] = {}
+    with replace_flash_attn(), mock.patch("transformers.utils.is_flash_attn_2_available", return_value=True):
+        exec(code, found)
+    assert found["flash_attn_func"] is ours.flash_attn_func
+    from transformers.utils import is_flash_attn_2_available
+
+    assert is_flash_attn_2_available is import_utils.is_flash_attn_2_available
 
 
 @installed

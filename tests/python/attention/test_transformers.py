@@ -375,6 +375,25 @@ def test_refuses_masks_of_another_kind() -> None:
         hook(Module(), *qkv(3, 3), torch.ones(1, 1, 3, 3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_compiled(llava: Any, padded: bool) -> None:
+    """In one graph, without a break; padding by an explicit mask, as nothing can be read while it is traced."""
+    from transformers import DynamicCache
+
+    inputs = token_batch(True)
+    if not padded:
+        inputs = {"input_ids": inputs["input_ids"], "attention_mask": None}
+    text = ours_of(llava).model.language_model
+    torch._dynamo.reset()
+    compiled = torch.compile(text, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        found = compiled(**inputs, past_key_values=DynamicCache(config=text.config)).last_hidden_state
+        expected = llava.model.language_model(**inputs).last_hidden_state
+    torch._dynamo.reset()
+    kept = inputs["attention_mask"].bool() if padded else torch.ones_like(inputs["input_ids"]).bool()
+    torch.testing.assert_close(found[kept], expected[kept], atol=1e-4, rtol=1e-5)
+
+
 def test_training_is_refused(llava: Any) -> None:
     model = ours_of(llava)
     with pytest.raises(ValueError, match="requires grad, but lightvlm's attention has no backward"):
