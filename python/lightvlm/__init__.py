@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         flash_attn_varlen_kvpacked_func,
         flash_attn_varlen_qkvpacked_func,
         flash_attn_with_kvcache,
+        register_attention,
+        replace_flash_attn,
     )
     from .cache import CompactCache
     from .decode_loop import generate
@@ -55,6 +57,8 @@ __all__ = [
     "generate",
     "method",
     "method_names",
+    "register_attention",
+    "replace_flash_attn",
 ]
 
 # Imported at first use: torch takes a second, transformers several, and `lightvlm --help` needs neither. What is not
@@ -79,6 +83,8 @@ _HOME = {
     "generate": "decode_loop",
     "method": "methods",
     "method_names": "methods",
+    "register_attention": "attention",
+    "replace_flash_attn": "attention",
 }
 
 

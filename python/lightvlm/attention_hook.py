@@ -31,9 +31,11 @@ def register(original: str) -> str:
 def check_implementation(name: str | None) -> None:
     """Raise a ValueError unless this attention of transformers is causal without a mask, which
     :func:`causal_rows` relies on."""
-    if (name not in ("eager", "sdpa") and "flash" not in (name or "")) or (name or "").startswith("paged|"):
+    known = name in ("eager", "sdpa", "lightvlm") or "flash" in (name or "")
+    if not known or (name or "").startswith("paged|"):
         raise ValueError(
-            f"model uses the attention implementation {name!r}; lightvlm works with eager, sdpa and flash attention"
+            f"model uses the attention implementation {name!r}; lightvlm works with eager, sdpa and flash attention, "
+            "and with its own (lightvlm.register_attention)"
         )
 
 

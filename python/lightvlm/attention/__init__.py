@@ -11,6 +11,8 @@ from .choice import BackendInfo, backends, use_backend
 from .dense import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 from .kvcache import flash_attn_with_kvcache
 from .padding import index_first_axis, pad_input, unpad_input
+from .replace import replace_flash_attn
+from .transformers_hook import register_attention
 from .varlen import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
@@ -29,6 +31,8 @@ __all__ = [
     "flash_attn_with_kvcache",
     "index_first_axis",
     "pad_input",
+    "register_attention",
+    "replace_flash_attn",
     "unpad_input",
     "use_backend",
 ]

@@ -1,0 +1,115 @@
+"""Modules named flash_attn for code that imports that package itself."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.machinery
+import importlib.util
+import sys
+import threading
+from collections.abc import Iterator
+from types import ModuleType
+
+PACKAGE = "flash_attn"
+VERSION = "2.8.3"
+"""The flash-attn whose signatures these are."""
+
+_lock = threading.Lock()
+_users = 0
+_before: dict[str, ModuleType] = {}
+
+
+@contextlib.contextmanager
+def replace_flash_attn(*, override: bool = False) -> Iterator[None]:
+    """``import flash_attn`` finds this package's functions in this context.
+
+    For modelling code that is not ours (``trust_remote_code=True``) and imports flash_attn, or flash_attn.bert_padding
+    or flash_attn.flash_attn_interface, by itself: load the model in this context. What that code imported stays with it
+    afterwards, so the model runs outside of the context, too.
+
+    Where the real flash-attn is installed, nothing happens, unless ``override``. What is replaced is sys.modules, so
+    all threads see it; contexts may be nested and overlap between threads, and the last one that ends restores what was
+    there, also when it ends with an exception. transformers' own is_flash_attn_2_available() asks for an installed
+    distribution and goes on saying that there is none: docs/attention.md shows what to do about code that asks it.
+    """
+    replaced = _enter(override)
+    try:
+        yield
+    finally:
+        if replaced:
+            _leave()
+
+
+def _enter(override: bool) -> bool:
+    """Whether this context counts as one of the users of the replacement."""
+    global _users
+    with _lock:
+        if _users == 0:
+            if not override and _installed():
+                return False
+            _before.update(_remove())
+            sys.modules.update(_make())
+        _users += 1
+        return True
+
+
+def _leave() -> None:
+    global _users
+    with _lock:
+        _users -= 1
+        if _users == 0:
+            _remove()
+            sys.modules.update(_before)
+            _before.clear()
+            _forget_answers()
+
+
+def _installed() -> bool:
+    if sys.modules.get(PACKAGE) is not None:
+        return True
+    return importlib.util.find_spec(PACKAGE) is not None
+
+
+def _remove() -> dict[str, ModuleType]:
+    names = [name for name in sys.modules if name == PACKAGE or name.startswith(PACKAGE + ".")]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def _make() -> dict[str, ModuleType]:
+    from .. import flash_attn_interface
+
+    functions = {
+        name: getattr(flash_attn_interface, name)
+        for name in flash_attn_interface.__all__
+        if name.startswith("flash_attn_")
+    }
+    padding = {
+        name: getattr(flash_attn_interface, name) for name in ("index_first_axis", "pad_input", "unpad_input")
+    }
+    package = _module(PACKAGE, functions | {"__version__": VERSION}, is_package=True)
+    parts = {
+        "flash_attn_interface": _module(f"{PACKAGE}.flash_attn_interface", functions),
+        "bert_padding": _module(f"{PACKAGE}.bert_padding", padding),
+    }
+    vars(package).update(parts)
+    return {PACKAGE: package} | {module.__name__: module for module in parts.values()}
+
+
+def _module(name: str, content: dict[str, object], is_package: bool = False) -> ModuleType:
+    module = ModuleType(name, f"{name} {VERSION}, as lightvlm.replace_flash_attn() stands in for it.")
+    # A spec, because importlib.util.find_spec() takes a module without one for an error.
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None, origin="lightvlm", is_package=is_package)
+    module.__package__ = name if is_package else PACKAGE
+    if is_package:
+        module.__path__ = []  # of its other parts there are none
+    vars(module).update(content)
+    return module
+
+
+def _forget_answers() -> None:
+    """transformers remembers what it found out about flash-attn; what it did in the context is not so any more."""
+    found = sys.modules.get("transformers.utils.import_utils")
+    for name, function in list(vars(found).items()) if found is not None else []:
+        clear = getattr(function, "cache_clear", None)
+        if "flash_attn" in name and clear is not None:
+            clear()
