@@ -10,6 +10,8 @@ import threading
 from collections.abc import Iterator
 from types import ModuleType
 
+from . import gpu
+
 PACKAGE = "flash_attn"
 VERSION = "2.8.3"
 """The flash-attn whose signatures these are."""
@@ -47,6 +49,10 @@ def _enter(override: bool) -> bool:
         if _users == 0:
             if not override and _installed():
                 return False
+            # Backends look up the real package by its name, once: they must not find what stands in for it, which would
+            # call them in turn.
+            gpu.package(PACKAGE)
+            gpu.package(f"{PACKAGE}.cute", PACKAGE)
             _before.update(_remove())
             sys.modules.update(_make())
         _users += 1

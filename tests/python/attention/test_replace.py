@@ -18,6 +18,7 @@ import pytest
 import torch
 from lightvlm import flash_attn_interface as ours
 from lightvlm import replace_flash_attn
+from lightvlm.attention import gpu
 from transformers.utils import import_utils
 
 installed = pytest.mark.skipif(
@@ -70,7 +71,9 @@ def _nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
         monkeypatch.delitem(sys.modules, name)
     before = list(sys.path), list(sys.meta_path), list(sys.path_hooks)
+    gpu.package.cache_clear()
     yield
+    gpu.package.cache_clear()
     assert not [name for name in sys.modules if name.startswith("flash_attn")]
     assert (list(sys.path), list(sys.meta_path), list(sys.path_hooks)) == before
 
@@ -167,6 +170,20 @@ def test_an_installed_one_stays(real: ModuleType, monkeypatch: pytest.MonkeyPatc
     assert sys.modules["flash_attn"] is real
     for name in ("flash_attn", "flash_attn.layers"):
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_backends_do_not_find_it(real: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend of the flash_attn package would call this package's functions, which would choose it again."""
+    for name in ("flash_attn", "flash_attn.layers"):
+        monkeypatch.delitem(sys.modules, name)
+    with replace_flash_attn():
+        assert gpu.package("flash_attn") == "is not installed"
+        assert gpu.package("flash_attn.cute", "flash_attn") == "is not installed"
+    gpu.package.cache_clear()
+    monkeypatch.setitem(sys.modules, "flash_attn", real)
+    with replace_flash_attn(override=True):
+        assert gpu.package("flash_attn") is real
+    monkeypatch.delitem(sys.modules, "flash_attn")
 
 
 def test_threads_that_overlap() -> None:
