@@ -54,9 +54,12 @@ def last_contiguous(value: torch.Tensor, name: str) -> None:
 
 def integer(value: object, name: str, low: int, high: int = INT32_MAX) -> int:
     """`value` as an int in [low, high]."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, torch.Tensor):
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value  # asked first, as torch.compile cannot look for __index__ in an int that varies
+    elif isinstance(value, bool | torch.Tensor) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: got {type(value).__name__}, must be an int")
-    number = value.__index__()
+    else:
+        number = value.__index__()
     if not low <= number <= high:
         limit = f">= {low}" if number < low else f"<= {high}"
         raise ValueError(f"{name}: got {number}, must be {limit}")

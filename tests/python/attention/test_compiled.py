@@ -114,6 +114,50 @@ def test_a_growing_prompt_is_compiled_once() -> None:
     assert graphs == graphs[:1] * 3
 
 
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_numbers_that_vary(dynamic: bool | None) -> None:
+    """max_seqlen and cache_seqlens as ints of the graph."""
+
+    def packed(q: Tensor, ends: Tensor, longest: int) -> Any:
+        return fa.flash_attn_varlen_func(
+            q, q, q, ends, ends, longest, longest, causal=True, importance_window=2
+        )
+
+    def cached(q: Tensor, cache: Tensor, length: int) -> Any:
+        return fa.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=length, importance_window=2)
+
+    q, cache = torch.randn(2, 1, 4, 32), torch.randn(2, 16, 2, 32)
+    for function in (packed, cached):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for n in (5, 9, 13):
+            args: Any = (q, cache, n)
+            if function is packed:
+                args = torch.randn(n, 4, 32), torch.tensor([0, 2, n], dtype=torch.int32), n
+            for a, b in zip(compiled(*args), function(*args), strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [[-1, 1], torch.tensor([-1, 1]), torch.tensor([[-1, 1], [0, 2]])], ids=str)
+def test_probe_rows(rows: Any) -> None:
+    """Rows by number, too; a wrong one is found when the graph runs."""
+    q, cache = torch.randn(2, 3, 4, 32), torch.randn(2, 16, 2, 32)
+
+    def dense(rows: Any) -> Any:
+        return fa.flash_attn_func(q, cache, cache, causal=True, importance_window=rows)
+
+    def cached(rows: Any) -> Any:
+        return fa.flash_attn_with_kvcache(
+            q, cache, cache, cache_seqlens=9, causal=True, importance_window=rows
+        )
+
+    for function in (dense, cached):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for a, b in zip(compiled(rows), function(rows), strict=True):
+            assert torch.equal(a, b)
+        with pytest.raises(ValueError, match=r"importance_window: has row 7, must be in \[-3, 3\)"):
+            compiled(torch.tensor([7]))
+
+
 @pytest.mark.parametrize("name", ["attend", "attend_cache", "importance"])
 def test_opcheck(name: str) -> None:
     """Schema, fake kernel and what is written agree with what happens."""
