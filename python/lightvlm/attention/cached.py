@@ -47,6 +47,9 @@ def _attend(
     alibi: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The fields of a Call and of its NewTokens; capacity: tokens that a row has room for."""
+    if block_table is None and batch_idx is None and k_cache.shape[0] > query.shape[0]:
+        # A whole cache is a dense call, in which kernels want one row of keys for each row of queries.
+        k_cache, v_cache = k_cache[: query.shape[0]], v_cache[: query.shape[0]]
     new = None if k is None or v is None else NewTokens(k, v, cos, sin, interleaved, at_once)
     shape = (query.shape[1], capacity, scale, left, right, softcap, alibi)
     where = (None, None, lens, leftpad, batch_idx, block_table, splits)

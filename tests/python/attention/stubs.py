@@ -37,6 +37,7 @@ def shaping_of(
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, shaping: Shaping) -> tuple[Tensor, Tensor]:
+    assert q.shape[0] == k.shape[0] == v.shape[0]
     rows = [fa2_row(q[b], k[b], v[b], shaping, b) for b in range(q.shape[0])]
     return torch.stack([out for out, _ in rows]), torch.stack([lse for _, lse in rows])
 

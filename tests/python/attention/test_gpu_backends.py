@@ -95,6 +95,17 @@ def test_packed_calls(backend: str, options: dict[str, Any]) -> None:
 CACHES = [case for case in CASES if case[0] not in ("cudnn", "flash_attn_4")]
 
 
+@pytest.mark.parametrize("backend", BY_BACKEND)
+def test_a_full_cache_with_more_rows(backend: str) -> None:
+    """The rows beyond the batch take no part; dense calls of kernels refuse them."""
+    stored = [torch.randn(4, 6, 2, 64).half() for _ in range(2)]
+    q = torch.randn(3, 6, 4, 64).half()
+    with use_backend(backend):
+        out, lse = fa.flash_attn_with_kvcache(q, *stored, causal=True, return_softmax_lse=True)
+    for b in range(3):
+        oracle.check((out[b], lse[b]), q[b], *(cache[b] for cache in stored), Shaping(causal=True))
+
+
 @pytest.mark.parametrize(("backend", "options"), CACHES, ids=label)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_caches(backend: str, options: dict[str, Any], rows: int) -> None:
