@@ -75,6 +75,8 @@ def flash_attn_with_kvcache(
     for cache, name in ((k_cache, "k_cache"), (v_cache, "v_cache")):
         _checks.last_contiguous(cache, name)
     if block_table is not None:
+        if isinstance(block_table, Tensor) and block_table.stride()[-1:] != (1,):
+            block_table = block_table.contiguous()
         arguments.check_table(block_table, q, batch)
         if cache_batch_idx is not None:
             raise ValueError("cache_batch_idx: must be None with block_table, which says where each row is")

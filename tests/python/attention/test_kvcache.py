@@ -138,6 +138,15 @@ def test_pages(rows: int, size: int, options: dict[str, Any]) -> None:
         assert torch.equal(store[table.flatten().long()].view(2, -1, KEY_HEADS, WIDTH), cache)
 
 
+def test_a_block_table_of_any_strides() -> None:
+    """As flash-attn, which copies it."""
+    pages = [torch.randn(6, 16, KEY_HEADS, WIDTH) for _ in range(2)]
+    q, table = torch.randn(2, 1, HEADS, WIDTH), ints(3, 0, 5, 2).view(2, 2)
+    strided = table.T.contiguous().T
+    one = fa.flash_attn_with_kvcache(q, *pages, cache_seqlens=20, block_table=strided)
+    assert torch.equal(one, fa.flash_attn_with_kvcache(q, *pages, cache_seqlens=20, block_table=table))
+
+
 def test_lengths_as_numbers() -> None:
     """An int for all rows, and none for a full cache."""
     q = torch.randn(2, 2, HEADS, WIDTH)
