@@ -39,7 +39,8 @@ def flash_attn_varlen_func(
         q: (total_q, Hq, D).   k, v: (total_k, Hkv, D).
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32: sequence b has queries [cu_seqlens_q[b], cu_seqlens_q[b + 1]).
             Queries outside all sequences get 0.
-        max_seqlen_q, max_seqlen_k: no sequence is longer. On a CPU that is checked.
+        max_seqlen_q, max_seqlen_k: no sequence is longer. On a CPU that is checked. An integer tensor of one number is
+            taken, as flash-attn does; on a device that waits for it.
         block_table: (B, max_blocks) int32. k and v are pages then, (P, page_size, Hkv, D): key n of sequence b is in
             page block_table[b, n // page_size], at n % page_size, and cu_seqlens_k only says how many keys there are.
             Any page size; flash-attn itself wants a multiple of 256.
@@ -58,8 +59,8 @@ def flash_attn_varlen_func(
     _check_offsets(cu_seqlens_k, "cu_seqlens_k", q)
     batch = cu_seqlens_q.shape[0] - 1
     _checks.shape(cu_seqlens_k, "cu_seqlens_k", (batch + 1,))
-    max_q = _checks.integer(max_seqlen_q, "max_seqlen_q", 0)
-    max_k = _checks.integer(max_seqlen_k, "max_seqlen_k", 0)
+    max_q = _longest(max_seqlen_q, "max_seqlen_q")
+    max_k = _longest(max_seqlen_k, "max_seqlen_k")
     if block_table is not None:
         arguments.check_table(block_table, q, batch)
     shape = arguments.shape_of_logits(
@@ -165,6 +166,12 @@ def flash_attn_varlen_qkvpacked_func(
     )
     q, k, v = qkv.unbind(1)
     return flash_attn_varlen_func(q, k, v, *options, importance_window=importance_window)
+
+
+def _longest(length: object, name: str) -> int:
+    if isinstance(length, Tensor) and length.dim() == 0 and length.dtype in (torch.int32, torch.int64):
+        length = int(length)
+    return _checks.integer(length, name, 0)
 
 
 def _check_offsets(offsets: object, name: str, query: Tensor) -> None:

@@ -196,6 +196,8 @@ def test_bad_lengths() -> None:
         call(max_seqlen_q=3)
     with pytest.raises(ValueError, match="max_seqlen_k: got 3, must be at least 4"):
         call(max_seqlen_k=3)
+    with pytest.raises(TypeError, match="max_seqlen_q: got Tensor, must be an int"):
+        call(max_seqlen_q=torch.tensor(4.0))
     with pytest.raises(TypeError, match="cu_seqlens_q: has dtype int64, must be int32"):
         call(cu_seqlens_q=good.long())
     with pytest.raises(ValueError, match=r"cu_seqlens_k: has shape \(2,\), must be \(3,\)"):
@@ -211,3 +213,12 @@ def test_bad_lengths() -> None:
     longer = torch.tensor([0, 5, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens_k: row 0 has 5 keys, must be at most 4"):
         fa.flash_attn_varlen_func(q, pages, pages, good, longer, 4, 5, block_table=table)
+
+
+def test_longest_lengths_as_tensors() -> None:
+    """Call sites give flash-attn what max() of the lengths returns."""
+    ends = offsets([3, 5])
+    q, k, v = inputs([3, 5], [3, 5])
+    longest = ends.diff().max()
+    one = fa.flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
+    assert torch.equal(one, fa.flash_attn_varlen_func(q, k, v, ends, ends, 5, 5, causal=True))
