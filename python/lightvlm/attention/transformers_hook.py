@@ -66,7 +66,8 @@ def attention(
         attention_mask: what :func:`.transformers_mask.make_mask` made, or an explicit 4-D mask, bool or additive, which
             then alone says what is seen. None: nothing is hidden, or what causality hides (last row at the last key).
         dropout: 0.   scaling: default D ** -0.5.   is_causal: default what the module says, or True.
-        sliding_window: rows see this many keys, themselves included (to both sides, if not causal). None: no window.
+        sliding_window: causal rows see this many keys, themselves included. None: no window. Ignored if not causal, as
+            under sdpa: the mask alone says it then, and layers disagree about whether the row itself counts.
         softcap: None or 0: none.   s_aux: (Hq,) logits of attention sinks: a key without a value that takes its share.
         options: cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: sequences one after the other, as
             flash_attn_varlen_func has them. position_ids do not tell sequences apart: the mask does.
@@ -88,7 +89,7 @@ def attention(
         _check(q, k, v)
         return attend_masked(q, k, v, attention_mask, scale, cap, s_aux)[..., :width], None
     spans = None if attention_mask is None else from_mask(attention_mask)
-    if spans is not None:
+    if spans is not None and q.shape[1] > 1:  # the spans of one row hold whatever causality hides
         causal = spans.causal
     window = _window(spans, causal, sliding_window)
     shaping: dict[str, Any] = {
@@ -144,9 +145,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _window(spans: RowSpans | None, causal: bool, sliding_window: int | None) -> tuple[int, int]:
-    """flash-attn's window_size: the narrower of what the mask and the layer say."""
+    """flash-attn's window_size: the narrower of what the mask and, if causal, the layer say."""
     sides = [] if spans is None or spans.left < 0 else [spans.left]
-    if sliding_window is not None:
+    if sliding_window is not None and causal:
         sides.append(int(sliding_window) - 1)
     left = min(sides, default=-1)
     return left, 0 if causal else left

@@ -322,14 +322,16 @@ def band(rows: int, keys: int, left: int, right: int, begin: int = 0, end: int |
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize(("begin", "end"), [(0, 6), (2, 6), (1, 5), (6, 6)])
 def test_row_spans(begin: int, end: int, sinks: bool, window: int, causal: bool) -> None:
-    """What the mask says, whatever the module says of causality; a window may be the mask's or the layer's."""
+    """What the mask says, whatever the module says of causality; a causal window may be the mask's or the layer's."""
     query, key, value = qkv(4, 6)
     sink = torch.tensor([0.5, -1.0, 2.0, 0.0]) if sinks else None
     module = Module()
     module.is_causal = not causal
     seen = band(4, 6, window, 0 if causal else window, begin, end)
     expected = explicit(query, key, value, seen, 8**-0.5, 0.0, sink)
-    for of_mask, of_layer in ((window, None), (-1, window + 1 if window >= 0 else None), (window, 7)):
+    cases = [(window, None), (window, 7)]
+    cases.append((-1, window + 1 if window >= 0 else None) if causal else (window, 1))
+    for of_mask, of_layer in cases:
         spans = RowSpans(torch.tensor([begin]), torch.tensor([end]), causal, of_mask)
         found, _ = hook(module, query, key, value, spans.as_mask(), sliding_window=of_layer, s_aux=sink)
         torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
@@ -337,11 +339,39 @@ def test_row_spans(begin: int, end: int, sinks: bool, window: int, causal: bool)
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_window_without_a_mask(causal: bool) -> None:
-    """The layer's sliding_window counts the row's own key; both ways, as transformers' flash attention has it."""
+    """The layer's sliding_window counts the row's own key; where rows look both ways, only masks have windows."""
     query, key, value = qkv(4, 6)
     found, _ = hook(Module(), query, key, value, None, sliding_window=2, is_causal=causal)
-    expected = explicit(query, key, value, band(4, 6, 1, 0 if causal else 1), 8**-0.5, 0.0, None)
+    seen = band(4, 6, 1, 0) if causal else torch.ones(4, 6, dtype=torch.bool)
+    expected = explicit(query, key, value, seen, 8**-0.5, 0.0, None)
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_bidirectional_window_is_the_masks() -> None:
+    """T5Gemma's encoder tells its layers a window that is one narrower, as FlashAttention counts, than its mask's."""
+    from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration, T5GemmaModuleConfig
+
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 3,
+        "query_pre_attn_scalar": 8, "attn_logit_softcapping": None, "initializer_range": 0.25, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": None,
+    }  # fmt: skip
+    torch.manual_seed(5)
+    halves = {"encoder": T5GemmaModuleConfig(**sizes), "decoder": T5GemmaModuleConfig(**sizes)}
+    model: Any = T5GemmaForConditionalGeneration(T5GemmaConfig(**halves, vocab_size=VOCABULARY)).eval()
+    model.set_attn_implementation("eager")  # it has no other
+    other = ours_of(model)
+    for length in (4, 9):  # 4: the mask hides nothing, and yet the window of the layers would
+        tokens = torch.randint(2, VOCABULARY, (2, length))
+        mask = torch.ones_like(tokens)
+        for padding in (slice(0), slice(-1, None), slice(2)):
+            mask[0] = 1
+            mask[0, padding] = 0
+            args = {"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": tokens[:, :3]}
+            with torch.no_grad():
+                expected, found = model(**args).logits, other(**args).logits
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_values_of_another_width() -> None:
