@@ -56,7 +56,7 @@ def gather_rows(x: Any, positions: list[list[int]]) -> tuple[Any, list[list[int]
     ):  # the usual prompt: image, then text
         cut = [one[:, length - width :] for one in x] if many else x[:, length - width :]
         return cut, [[-1] * (width - len(row)) + row for row in positions]
-    padded = [row + [-1] * (width - len(row)) for row in positions]
+    padded = rectangular(positions, -1)
     device = (x[0] if many else x).device
     index = upload(padded, device)
     count = upload([len(row) for row in positions], device)

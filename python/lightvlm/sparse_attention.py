@@ -15,7 +15,7 @@ from torch import Tensor
 from lightvlm_ext import ops
 from lightvlm_ext.ops import Selection
 
-from .host import upload
+from .host import rectangular, upload
 from .layout import PADDING, BatchLayout
 from .methods.base import AttentionPart, AttentionScores
 
@@ -35,8 +35,7 @@ class SparsePrefill:
         self.selections: dict[int, Selection] = {}
         """Layer -> the tokens that attended."""
         rows = [[row.leftpad + at for at in part.probe_rows(row.tokens)] for row in layout.rows]
-        width = max(len(row) for row in rows)
-        self._rows = upload([row + [-1] * (width - len(row)) for row in rows], device)
+        self._rows = upload(rectangular(rows, -1), device)
         self._row_counts = upload([len(row) for row in rows], device)
         self._leftpad = upload([row.leftpad for row in layout.rows], device)
         self._valid = upload(layout.codes != PADDING, device, torch.bool)

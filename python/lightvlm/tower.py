@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightvlm_ext import ops
 
 from . import attention_hook
-from .host import upload
+from .host import rectangular, upload
 from .layout import FIRST_IMAGE, BatchLayout, Grid
 from .methods.base import TowerProbe
 from .models.base import Adapter
@@ -222,8 +222,7 @@ def match_pictures(sizes: tuple[int, ...], rows: list[tuple[int, ...]]) -> list[
 def place(seen: Seen, numbers: list[list[int]], layout: BatchLayout, device: torch.device) -> Tensor:
     """What was seen, (B, S, 1 + Ct), at the image tokens of a layout, and 0 elsewhere."""
     starts = [0, *itertools.accumulate(seen.sizes)]
-    most = max(map(len, numbers))
-    offsets = torch.tensor([[starts[n] for n in row] + [0] * (most - len(row)) for row in numbers])
+    offsets = torch.tensor(rectangular([[starts[n] for n in row] for row in numbers]))
     codes = layout.codes.long()
     image = (codes - FIRST_IMAGE).clamp_min(0)
     index = torch.where(codes >= FIRST_IMAGE, 1 + offsets.gather(1, image) + layout.within, 0)

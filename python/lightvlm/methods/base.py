@@ -20,7 +20,7 @@ from lightvlm_ext import ops
 
 from ..host import upload
 from ..layout import RowLayout
-from ..plan import Part, Plan
+from ..plan import Part, Plan, option
 
 if TYPE_CHECKING:
     from lightvlm_ext.ops import Selection
@@ -485,9 +485,15 @@ def scaled_layers(layers: int, published: Sequence[int], depth: int) -> tuple[in
     Each is at least 1, as scores come from the layer before, and above the one before it; those that a shallow decoder
     has no room for are left out.
     """
+    return ascending([round(layer * layers / depth) for layer in published], layers)
+
+
+def ascending(wanted: Sequence[int], layers: int) -> tuple[int, ...]:
+    """The layers ``wanted`` in a decoder of ``layers`` layers, each at least 1 and above the one before it; those that
+    find no room are left out, but for one."""
     at: list[int] = []
-    for layer in published:
-        at.append(max(round(layer * layers / depth), at[-1] + 1 if at else 1))
+    for layer in wanted:
+        at.append(max(layer, at[-1] + 1 if at else 1))
     return tuple(layer for layer in at if layer < layers) or (layers - 1,)
 
 
@@ -496,6 +502,16 @@ def kept_slots(stages: Sequence[Stage], layers: int) -> float:
     borders = [*(stage.layer for stage in stages), layers]
     shares = (stage.keep * (end - stage.layer) for stage, end in zip(stages, borders[1:], strict=True))
     return (borders[0] + sum(shares)) / layers
+
+
+def numbering(default: str) -> Any:
+    """The option ``positions`` of a method that may number tokens anew (:attr:`PrefillPart.positions`)."""
+    return option(
+        default,
+        "tokens that stay keep their positions, or are numbered anew; after a prompt, generated tokens go on from "
+        "there, or from the whole prompt's end",
+        choices=("keep", "renumber", "renumber_prompt"),
+    )
 
 
 def check_keep(keep: float) -> None:

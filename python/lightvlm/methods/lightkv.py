@@ -35,7 +35,7 @@ from lightvlm_ext import ops
 
 from ..host import rectangular, upload
 from ..plan import KeepForLater, Plan, check_options, option, register_part
-from .base import Picture, PrefillPart, Probe, Reduced, Stage, StageInput, check_keep
+from .base import Picture, PrefillPart, Probe, Reduced, Stage, StageInput, check_keep, numbering
 from .windows import Windows, windows_of
 
 PUBLISHED_LAYERS = {40: (15, 23, 31), 32: (12, 18, 24), 28: (12, 17, 22)}
@@ -102,11 +102,7 @@ class LightKVPrefill(PrefillPart):
         "the image; or all the same, as they are at layer 0 in any case",
         choices=("prompt", "causal", "none"),
     )
-    positions: str = option(
-        "keep",
-        "tokens keep theirs, are renumbered for good, or only the prompt's are (the published code)",
-        choices=("keep", "renumber", "renumber_prompt"),
-    )
+    positions: str = numbering("keep")
     min_image_tokens: int = option(32, "step aside below this many image tokens in a prompt", low=0)
 
     def __post_init__(self) -> None:

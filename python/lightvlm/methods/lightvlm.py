@@ -26,6 +26,7 @@ from .base import (
     drop,
     highest,
     pyramid_stages,
+    scaled_layers,
 )
 from .decode_compaction import DecodeCompaction
 from .spread import spread_scores
@@ -39,10 +40,7 @@ def default_layers(layers: int) -> tuple[int, ...]:
 
     Validation scenes of the reference VLM decided for 8 layers (docs/lightvlm.md); LightKV publishes 12, 17, 22 for 28.
     """
-    at: list[int] = []
-    for layer in (round(3 * layers / 8), round(5 * layers / 8), round(3 * layers / 4)):
-        at.append(max(layer, at[-1] + 1 if at else 1))
-    return tuple(layer for layer in at if layer < layers) or (layers - 1,)
+    return scaled_layers(layers, (3, 5, 6), 8)
 
 
 @register_part("prefill", "lightvlm")

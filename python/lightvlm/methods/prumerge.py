@@ -13,7 +13,7 @@ from lightvlm_ext import ops
 
 from ..host import upload
 from ..plan import KeepForLater, Plan, check_options, option, register_part
-from .base import Picture, PrefillPart, Reduced, Stage, StageInput, TowerProbe, check_keep
+from .base import Picture, PrefillPart, Reduced, Stage, StageInput, TowerProbe, check_keep, numbering
 
 PLAIN_KEEP, PLUS_KEEP = 0.055, 0.25
 """Average shares that the paper reports for PruMerge and PruMerge+ on LLaVA 1.5."""
@@ -46,11 +46,7 @@ class PruMergePrefill(PrefillPart):
     plus: bool = option(False, "PruMerge+: three quarters of the tokens are uniformly spaced")
     neighbours: int = option(32, "tokens that are added to each chosen one", low=0)
     tower_layer: int = option(-1, "layer of the vision tower whose attention decides")
-    positions: str = option(
-        "renumber",
-        "numbering of what is left: as a shorter prompt, as it was, or anew but not for generated tokens",
-        choices=("keep", "renumber", "renumber_prompt"),
-    )
+    positions: str = numbering("renumber")
     min_image_tokens: int = option(32, "step aside below this many image tokens in a prompt", low=0)
 
     def __post_init__(self) -> None:

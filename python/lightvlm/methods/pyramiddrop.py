@@ -14,7 +14,6 @@ truncates the number of tokens that stay, we round, as all methods here do.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from ..plan import KeepForLater, Plan, check_options, option, register_part
 from .base import (
@@ -26,6 +25,7 @@ from .base import (
     check_keep,
     drop,
     highest,
+    numbering,
     pyramid_stages,
     scaled_layers,
 )
@@ -46,12 +46,7 @@ class PyramidDropPrefill(PrefillPart):
         None, "reduce at the input of these layers; None: by depth, 8, 16, 24 of 32"
     )
     fractions: tuple[float, ...] | None = option(None, "share kept from each stage on; None: geometric")
-    positions: Literal["keep", "renumber", "renumber_prompt"] = option(
-        "renumber",
-        "tokens that stay keep their positions, or are numbered anew; after a prompt, generated tokens go on from "
-        "there, or from the whole prompt's end",
-        choices=("keep", "renumber", "renumber_prompt"),
-    )
+    positions: str = numbering("renumber")
     min_image_tokens: int = option(32, "step aside below this many image tokens in a prompt", low=0)
 
     def __post_init__(self) -> None:

@@ -11,15 +11,22 @@ from lightvlm_ext import ops
 
 from ..host import upload
 from ..plan import KeepForLater, Plan, check_options, option, register_part
-from .base import PrefillPart, Reduced, Stage, StageInput, check_keep, drop, highest, pyramid_stages
+from .base import (
+    PrefillPart,
+    Reduced,
+    Stage,
+    StageInput,
+    ascending,
+    check_keep,
+    drop,
+    highest,
+    pyramid_stages,
+)
 
 
 def default_layers(layers: int) -> tuple[int, ...]:
     """Stages at 1/14, but not before layer 2, 2/7 and 4/7 of the depth, each a layer after the last."""
-    at: list[int] = []
-    for layer in (max(2, round(layers / 14)), round(2 * layers / 7), round(4 * layers / 7)):
-        at.append(max(layer, at[-1] + 1) if at else layer)
-    return tuple(layer for layer in at if layer < layers) or (layers - 1,)
+    return ascending([max(2, round(layers / 14)), round(2 * layers / 7), round(4 * layers / 7)], layers)
 
 
 @register_part("prefill", "random")

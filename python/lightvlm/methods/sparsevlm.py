@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from .base import (
     check_keep,
     drop,
     highest,
+    numbering,
     pyramid_stages,
     scaled_layers,
     shrinking,
@@ -144,12 +145,7 @@ class SparseVLMPrefill(PrefillPart):
     )
     fractions: tuple[float, ...] | None = option(None, "share kept from each stage on; None: geometric")
     recycle: bool = option(True, "cluster the best of what is dropped (version 1)")
-    positions: Literal["keep", "renumber", "renumber_prompt"] = option(
-        "renumber_prompt",
-        "tokens that stay keep their positions, or are numbered anew; after a prompt, generated tokens go on from "
-        "there, or from the whole prompt's end",
-        choices=("keep", "renumber", "renumber_prompt"),
-    )
+    positions: str = numbering("renumber_prompt")
     min_image_tokens: int = option(32, "step aside below this many image tokens in a prompt", low=0)
 
     def __post_init__(self) -> None:

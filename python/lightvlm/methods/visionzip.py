@@ -13,7 +13,7 @@ from lightvlm_ext import ops
 
 from ..host import upload
 from ..plan import KeepForLater, Plan, check_options, option, register_part
-from .base import PrefillPart, Reduced, Stage, StageInput, TowerProbe, check_keep
+from .base import PrefillPart, Reduced, Stage, StageInput, TowerProbe, check_keep, numbering
 
 
 @register_part("prefill", "visionzip")
@@ -38,11 +38,7 @@ class VisionZipPrefill(PrefillPart):
         10 / 64, "share of what is left that is merged from the other tokens", low=0, high=1
     )
     tower_layer: int = option(-2, "layer of the vision tower whose attention decides")
-    positions: str = option(
-        "renumber",
-        "numbering of what is left: as a shorter prompt, as it was, or anew but not for generated tokens",
-        choices=("keep", "renumber", "renumber_prompt"),
-    )
+    positions: str = numbering("renumber")
     min_image_tokens: int = option(32, "step aside below this many image tokens in a prompt", low=0)
 
     def __post_init__(self) -> None:
