@@ -93,6 +93,33 @@ def check_decode(
 
 
 def _add_dense(args: DecodeArgs, segment: KVSegment, name: str) -> None:
+    if not (segment.block_table is None and _fits(args, segment.key, segment.value)):
+        _check_dense(args, segment, name)
+    args.key.append(segment.key)
+    args.value.append(segment.value)
+    args.bits.append(0)
+    args.block.append(0)
+    args.lens.append(_positions(segment.lens, name, "lens", args.query))
+    args.leftpad.append(_positions(segment.leftpad, name, "leftpad", args.query))
+    args.block_table.append(segment.block_table)
+    for of_channel in (args.key_scale, args.key_zero, args.value_channel, args.value_token):
+        of_channel.append(None)
+
+
+def _fits(args: DecodeArgs, key: object, value: object) -> bool:
+    """What _check_dense goes through one by one, as quickly as it can be asked: decoding asks at every token."""
+    if not isinstance(key, torch.Tensor) or not isinstance(value, torch.Tensor):
+        return False
+    shape, of_query = key.shape, args.query.shape
+    if len(shape) != 4 or value.shape != shape or shape[0] != of_query[0] or shape[3] != of_query[3]:
+        return False
+    heads = shape[2] if not args.key else args.key_heads()
+    alike = key.dtype == value.dtype == args.query.dtype and key.device == value.device == args.query.device
+    rows = key.stride(3) == 1 and value.stride(3) == 1
+    return alike and rows and shape[1] <= _checks.INT32_MAX and shape[2] == heads
+
+
+def _check_dense(args: DecodeArgs, segment: KVSegment, name: str) -> None:
     query = args.query
     key = _checks.tensor(segment.key, f"{name}.key")
     value = _checks.tensor(segment.value, f"{name}.value")
@@ -110,15 +137,6 @@ def _add_dense(args: DecodeArgs, segment: KVSegment, name: str) -> None:
         _checks.dtype(tensor, field_name, query.dtype)
         _checks.same_device(tensor, field_name, query, "query")
         _checks.last_contiguous(tensor, field_name)
-    args.key.append(key)
-    args.value.append(value)
-    args.bits.append(0)
-    args.block.append(0)
-    args.lens.append(_positions(segment.lens, f"{name}.lens", query))
-    args.leftpad.append(_positions(segment.leftpad, f"{name}.leftpad", query))
-    args.block_table.append(table)
-    for of_channel in (args.key_scale, args.key_zero, args.value_channel, args.value_token):
-        of_channel.append(None)
 
 
 def _add_packed(args: DecodeArgs, packed: PackedKV, name: str) -> None:
@@ -135,7 +153,7 @@ def _add_packed(args: DecodeArgs, packed: PackedKV, name: str) -> None:
     args.value.append(packed.value_codes)
     args.bits.append(packed.bits)
     args.block.append(packed.block)
-    args.lens.append(_positions(packed.lens, f"{name}.lens", query))
+    args.lens.append(_positions(packed.lens, name, "lens", query))
     args.leftpad.append(None)
     args.block_table.append(None)
     # A few numbers for each head and block: worth a copy where they are strided.
@@ -172,12 +190,13 @@ def _check_pages(pages: torch.Tensor, name: str) -> None:
         raise ValueError(f"{name}: has {count} pages, must have at most {_checks.INT32_MAX}")
 
 
-def _positions(value: object, name: str, query: torch.Tensor) -> torch.Tensor | None:
+def _positions(value: object, segment: str, field_name: str, query: torch.Tensor) -> torch.Tensor | None:
     if value is None:
         return None
+    name = f"{segment}.{field_name}"
     tensor = _checks.tensor(value, name)
     _checks.dtype(tensor, name, torch.int32)
-    _checks.shape(tensor, name, (query.shape[0],))
+    _checks.shape(tensor, name, query.shape[:1])
     _checks.same_device(tensor, name, query, "query")
     return tensor.contiguous()
 

@@ -46,25 +46,32 @@ def observe(observer: Observer) -> Iterator[None]:
 
 def observed(function: Callable[P, T]) -> Callable[P, T]:
     """Makes a wrapper report its calls under its own name."""
-    name = function.__name__
+    return observed_as(function.__name__)(function)
 
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        if torch.compiler.is_compiling():
-            return function(*args, **kwargs)
-        observers = _observers.get()
-        if not observers:
-            return function(*args, **kwargs)
-        start = time.perf_counter()
-        result = function(*args, **kwargs)
-        seconds = time.perf_counter() - start
-        device = _device_of(args, kwargs)
-        call = OpCall(name, device, seconds if device == "cpu" else None)
-        for observer in observers:
-            observer(call)
-        return result
 
-    return wrapper
+def observed_as(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Makes a wrapper report its calls under an op's name."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            observers = _observers.get()
+            if not observers:
+                return function(*args, **kwargs)
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            seconds = time.perf_counter() - start
+            device = _device_of(args, kwargs)
+            call = OpCall(name, device, seconds if device == "cpu" else None)
+            for observer in observers:
+                observer(call)
+            return result
+
+        return wrapper
+
+    return decorate
 
 
 def _device_of(args: tuple[object, ...], kwargs: dict[str, object]) -> str:

@@ -16,6 +16,7 @@
 #include "common/parallel.h"
 #include "decode_attention/decode_attention.h"
 #include "decode_attention/decode_bf16_cpu.h"
+#include "decode_attention/decode_dense_cpu.h"
 #include "decode_attention/decode_float_cpu.h"
 #include "decode_attention/decode_packed_cpu.h"
 #include "decode_attention/decode_pages_cpu.h"
@@ -104,7 +105,7 @@ struct Part {
 };
 
 // The ways to a span's scores and values.
-enum class Way { kFloat, kPacked, kBf16 };
+enum class Way { kFloat, kPacked, kBf16, kDense };
 
 Way choose_way(KVFormat format, DType dtype) {
 #if defined(__x86_64__)
@@ -114,9 +115,9 @@ Way choose_way(KVFormat format, DType dtype) {
         const bool fine = dtype == DType::kFloat32;
         return level >= CpuLevel::kAvx512Vnni && !fine ? Way::kPacked : Way::kFloat;
     }
-    if (format == KVFormat::kBFloat16 && dtype == DType::kBFloat16) {
-        return level >= CpuLevel::kAvx512Bf16 ? Way::kBf16 : Way::kFloat;
-    }
+    const bool bf16 = format == KVFormat::kBFloat16 && dtype == DType::kBFloat16;
+    if (bf16 && level >= CpuLevel::kAvx512Bf16) return Way::kBf16;
+    if (level >= CpuLevel::kAvx512) return Way::kDense;
 #endif
     return Way::kFloat;
 }
@@ -125,6 +126,7 @@ void compute_scores(Way way, const Span& span, SpanScratch* scratch, float* scor
 #if defined(__x86_64__)
     if (way == Way::kPacked) return packed_scores(span, scratch, scores);
     if (way == Way::kBf16) return bf16_scores(span, scratch, scores);
+    if (way == Way::kDense) return dense_scores(span, scratch, scores);
 #endif
     multiversion<FloatScores>(&span, scratch, scores);
 }
@@ -133,6 +135,7 @@ void compute_values(Way way, const Span& span, const float* p, SpanScratch* scra
 #if defined(__x86_64__)
     if (way == Way::kPacked) return packed_values(span, p, scratch);
     if (way == Way::kBf16) return bf16_values(span, p, scratch);
+    if (way == Way::kDense) return dense_values(span, p, scratch);
 #endif
     multiversion<FloatValues>(&span, p, scratch);
 }

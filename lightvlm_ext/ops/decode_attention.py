@@ -9,7 +9,7 @@ import torch
 from .. import _errors, _library
 from .._decode_args import DecodeArgs, check_decode
 from .._kv import KVSegment, PackedKV
-from .._observe import observed
+from .._observe import observed, observed_as
 from .._tickets import tickets
 
 # As in csrc/decode_attention/decode_attention.h, which checks the size of the workspace.
@@ -70,12 +70,34 @@ def decode_attention(
             not hold, or the page of a valid token is outside [0, P). On CUDA these set the device error word
             (`lightvlm_ext.device_errors`), and the row has no valid token in that segment.
     """
-    args = check_decode(query, segments, scale=scale, mass=mass)
-    device = query.device
+    return _run(check_decode(query, segments, scale=scale, mass=mass))
+
+
+@observed_as("decode_attention")
+def decode_dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    lens: torch.Tensor | None,
+    leftpad: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """decode_attention over one KVSegment, for callers that have checked their arguments: at every token the wrapper's
+    own checks would cost as much as 150 keys. The op itself checks whatever memory depends on."""
+    none: list[torch.Tensor | None] = [None]
+    where = ([lens], [leftpad], [block_table])
+    return _run(DecodeArgs(query, scale, [key], [value], [0], [0], *where, none, none, none, none))
+
+
+def _run(args: DecodeArgs) -> tuple[torch.Tensor, torch.Tensor]:
+    device = args.query.device
     _library.check_backend(device)
-    batch, _, heads, _ = query.shape
-    out = torch.empty(query.shape, dtype=query.dtype, device=device)
-    lse = torch.empty((batch, heads, 1), dtype=torch.float32, device=device)
+    batch, _, heads, _ = args.query.shape
+    out = torch.empty_like(args.query, memory_format=torch.contiguous_format)
+    lse = args.query.new_empty((batch, heads, 1), dtype=torch.float32)
+    buffers = _device_buffers(args)
     _library.op("decode_attention")(
         args.query,
         args.key,
@@ -94,12 +116,20 @@ def decode_attention(
         args.mass_segment,
         out,
         lse,
-        _workspace(args),
-        tickets(device, _units(args)),
-        _errors.error_word("decode_attention", device),
+        *buffers,
     )
-    _errors.check_now("decode_attention", device)
+    if buffers[-1] is not None:
+        _errors.check_now("decode_attention", device)
     return out, lse
+
+
+def _device_buffers(args: DecodeArgs) -> tuple[torch.Tensor | None, ...]:
+    """Workspace, tickets and error word of the CUDA kernels. The CPU twin needs none of them."""
+    device = args.query.device
+    if device.type == "cpu" and not _library.is_emulated():
+        return None, None, None
+    word = _errors.error_word("decode_attention", device)
+    return _workspace(args), tickets(device, _units(args)), word
 
 
 def _units(args: DecodeArgs) -> int:
@@ -108,11 +138,9 @@ def _units(args: DecodeArgs) -> int:
     return args.query.shape[0] * args.key_heads() * -(-group // _HEAD_TILE)
 
 
-def _workspace(args: DecodeArgs) -> torch.Tensor | None:
-    """What the CUDA kernels keep between blocks; docs/kernels/decode_attention.md. The CPU twin takes its own."""
+def _workspace(args: DecodeArgs) -> torch.Tensor:
+    """What the CUDA kernels keep between blocks; docs/kernels/decode_attention.md."""
     device = args.query.device
-    if device.type == "cpu" and not _library.is_emulated():
-        return None
     batch, _, heads, width = args.query.shape
     units = _units(args)
     if units == 0:

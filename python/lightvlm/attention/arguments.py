@@ -35,13 +35,15 @@ class Probes(NamedTuple):
 
 def check_heads(query: object, key: object, value: object, names: tuple[str, str, str], form: str) -> None:
     """query, key and value fit each other.   form: "dense" (4 dimensions), "packed" (3), "pages" (query 3, keys 4)."""
-    q, k, v = (_checks.tensor(x, name) for x, name in zip((query, key, value), names, strict=True))
-    if not _fit(q, k, v, form):
+    if not _fit(query, key, value, form):
+        q, k, v = (_checks.tensor(x, name) for x, name in zip((query, key, value), names, strict=True))
         _say_why(q, k, v, names, form)
 
 
-def _fit(query: Tensor, key: Tensor, value: Tensor, form: str) -> bool:
+def _fit(query: object, key: object, value: object, form: str) -> bool:
     """What _say_why goes through one by one, as quickly as it can be asked: decoding asks at every token."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return False
     shape, of_keys = query.shape, key.shape
     dims = 3 if form == "packed" else 4
     if len(shape) != (4 if form == "dense" else 3) or len(of_keys) != dims or value.shape != of_keys:

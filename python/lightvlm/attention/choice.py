@@ -9,7 +9,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from .call import Call
@@ -63,8 +62,6 @@ TABLE: tuple[Backend, ...] = (
 )
 """In the order in which they are tried."""
 _ON_CPU = tuple(backend for backend in TABLE if not backend.gpu_only)
-# In fp32 torch's kernel is the faster one for decoding, too, unless it would have to copy keys together first.
-_ON_CPU_FP32 = tuple(sorted(_ON_CPU, key=lambda backend: backend.name != "cpu_flash"))
 
 _asked: ContextVar[str | None] = ContextVar("lightvlm_attention", default=None)
 
@@ -113,20 +110,13 @@ def choose(call: Call) -> Backend:
     if asked is not None:
         candidates: tuple[Backend, ...] = tuple(one for one in TABLE if one.name == asked)
     else:
-        candidates = _candidates(call)
+        candidates = TABLE if call.query.device.type != "cpu" else _ON_CPU
     for backend in candidates:
         if backend.why_not(call) is None:
             return backend
     lines = [f"  {one.name}: {one.why_not(call) or 'could, but was not asked for'}" for one in TABLE]
     who = "no attention backend can" if asked is None else f"{asked}, the attention backend asked for, cannot"
     raise ValueError(f"{who} run this call ({_describe(call)}):\n" + "\n".join(lines))
-
-
-def _candidates(call: Call) -> tuple[Backend, ...]:
-    if call.query.device.type != "cpu":
-        return TABLE
-    copied = call.block_table is not None or call.batch_idx is not None
-    return _ON_CPU_FP32 if call.query.dtype == torch.float32 and not copied else _ON_CPU
 
 
 def _known(name: str, argument: str) -> str:

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from lightvlm_ext._kv import PACKED_HEAD_DIMS, PAGE_SIZES, KVSegment
+from lightvlm_ext._kv import PACKED_HEAD_DIMS, PAGE_SIZES
+from lightvlm_ext.ops.decode_attention import decode_dense
 
 from .call import Call
 from .native import no_ops
@@ -46,8 +47,6 @@ class Decode:
         return no_ops(call.query.device)
 
     def run(self, call: Call) -> tuple[Tensor, Tensor]:
-        from lightvlm_ext import ops
-
         key, value, table = _last_contiguous(call.key), _last_contiguous(call.value), call.block_table
         if table is None and call.batch_idx is not None:
             size = _page_size(call)
@@ -57,10 +56,18 @@ class Decode:
                 blocks, device=key.device, dtype=torch.int32
             )
             key, value = (x.view(-1, size, *x.shape[2:]) for x in (key, value))
-        elif table is None:
+        elif table is None and key.shape[0] > call.batch:
             key, value = key[: call.batch], value[: call.batch]
-        segment = KVSegment(key, value, call.lens, _begins(call), table)
-        return ops.decode_attention(_last_contiguous(call.query), [segment], scale=call.scale)
+        lens, begins = (None if x is None else x.contiguous() for x in (call.lens, _begins(call)))
+        return decode_dense(
+            _last_contiguous(call.query),
+            key,
+            value,
+            lens=lens,
+            leftpad=begins,
+            block_table=table,
+            scale=call.scale,
+        )
 
 
 def _begins(call: Call) -> Tensor | None:

@@ -100,8 +100,8 @@ def flash_attn_with_kvcache(
     )
     probes = arguments.probes_of(importance_window, q, batch)
     check_rows(None if probes is None else probes.rows, rows)
-    local = any(0 <= side < capacity for side in window_size)  # flash-attn takes a wider window for none
-    at_once = not (causal or local)
+    # flash-attn takes a window that is wider than the cache for none
+    at_once = not (causal or any(0 <= side < capacity for side in window_size))
     out, lse, rotated = cached.attend(
         q,
         k_cache,
@@ -147,18 +147,22 @@ def _new_tokens(q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None) 
         raise ValueError(f"{missing}: is None, must be given where the other of k and v is")
     if k is None or v is None:
         return 0
-    new = _checks.tensor(k, "k").shape[1] if k.dim() == 4 else "Snew"
-    wanted = (q.shape[0], new, *k_cache.shape[2:])
-    for tensor, name in ((k, "k"), (v, "v")):
-        if (
-            _checks.tensor(tensor, name).shape != wanted
-            or tensor.dtype != q.dtype
-            or tensor.device != q.device
-        ):
-            _checks.dtype(tensor, name, q.dtype)
+    if not _fits(q, k_cache, k, v):
+        new = _checks.tensor(k, "k").shape[1] if k.dim() == 4 else "Snew"
+        for tensor, name in ((k, "k"), (v, "v")):
+            _checks.dtype(_checks.tensor(tensor, name), name, q.dtype)
             _checks.same_device(tensor, name, q, "q")
-            _checks.shape(tensor, name, wanted)
+            _checks.shape(tensor, name, (q.shape[0], new, *k_cache.shape[2:]))
     return k.shape[1]
+
+
+def _fits(q: Tensor, k_cache: Tensor, k: object, v: object) -> bool:
+    """What _new_tokens goes through one by one, as quickly as it can be asked: decoding asks at every token."""
+    if not (isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return False
+    shape = k.shape
+    sizes = len(shape) == 4 and v.shape == shape and shape[0] == q.shape[0] and shape[2:] == k_cache.shape[2:]
+    return sizes and k.dtype == v.dtype == q.dtype and k.device == v.device == q.device
 
 
 def _check_rotary(q: Tensor, capacity: int, cos: Tensor | None, sin: Tensor | None, *, given: bool) -> None:

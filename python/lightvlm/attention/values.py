@@ -64,20 +64,22 @@ def _check_offsets(
 
 def _check_cache(call: Call) -> None:
     capacity, new = capacity_of(call), 0 if call.new is None else call.new.key.shape[1]
-    ends = [capacity] * call.batch if call.lens is None else [length + new for length in call.lens.tolist()]
-    for row, end in enumerate(ends):
-        if not new <= end <= capacity:
-            raise ValueError(no_room(f"row {row} has {end - new}", new, capacity))
-    for row, pad in enumerate([] if call.leftpad is None else call.leftpad.tolist()):
-        if not 0 <= pad <= ends[row] - new:
-            raise ValueError(
-                f"cache_leftpad: row {row} has {pad}, must be in [0, {ends[row] - new}], its cache_seqlens"
-            )
-    for row, at in enumerate([] if call.batch_idx is None else call.batch_idx.tolist()):
-        if not 0 <= at < call.key.shape[0]:
-            raise ValueError(f"cache_batch_idx: row {row} has {at}, must be in [0, {call.key.shape[0]})")
+    lens = [capacity] * call.batch if call.lens is None else call.lens.tolist()
+    for row, length in enumerate(lens):
+        if not 0 <= length <= capacity - new:
+            raise ValueError(no_room(f"row {row} has {length}", new, capacity))
+    if call.leftpad is not None:
+        for row, pad in enumerate(call.leftpad.tolist()):
+            if not 0 <= pad <= lens[row]:
+                raise ValueError(
+                    f"cache_leftpad: row {row} has {pad}, must be in [0, {lens[row]}], its cache_seqlens"
+                )
+    if call.batch_idx is not None:
+        for row, at in enumerate(call.batch_idx.tolist()):
+            if not 0 <= at < call.key.shape[0]:
+                raise ValueError(f"cache_batch_idx: row {row} has {at}, must be in [0, {call.key.shape[0]})")
     if call.block_table is not None:
-        _check_pages(call.block_table, call.key, ends, "cache_seqlens")
+        _check_pages(call.block_table, call.key, [length + new for length in lens], "cache_seqlens")
 
 
 def _check_pages(table: Tensor, pages: Tensor, lens: list[int], name: str) -> None:

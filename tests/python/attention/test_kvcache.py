@@ -13,6 +13,8 @@ from lightvlm.attention import use_backend
 from lightvlm.attention.append import append_
 from torch import Tensor
 
+from lightvlm_ext._observe import OpCall, observe
+
 from . import oracle
 from .oracle import Shaping
 
@@ -287,3 +289,20 @@ def test_random_caches(data: st.DataObject) -> None:
             oracle.check_scores(found[2][b, pads[b] : lens[b] + new], wanted, dtype)
         results.append(held)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_decoding_step_calls_the_op_once_whatever_the_strides_of_lengths() -> None:
+    """Reports count decode_attention; lengths and left pads may be columns of a wider tensor."""
+    key, value = caches(3)
+    query = torch.randn(3, 1, HEADS, WIDTH)
+    table = ints(9, 2, 20, 0, 32, 31).view(3, 2)
+    lens, leftpad = table[:, 0], table[:, 1]
+    assert not lens.is_contiguous()
+    wanted = fa.flash_attn_with_kvcache(
+        query, key, value, cache_seqlens=lens.contiguous(), cache_leftpad=leftpad.contiguous()
+    )
+    calls: list[OpCall] = []
+    with observe(calls.append), use_backend("decode"):
+        found = fa.flash_attn_with_kvcache(query, key, value, cache_seqlens=lens, cache_leftpad=leftpad)
+    assert [call.name for call in calls] == ["decode_attention"]
+    assert torch.equal(found, wanted)
