@@ -25,8 +25,9 @@ from transformers.cache_utils import Cache
 from .buffers import check_rows
 from .cache_file import load_cache, of_another_model, save_cache
 from .cache_layer import SLACK, CompactLayer
+from .contract.cache import CachePart
+from .contract.precision import PrecisionPart
 from .host import upload
-from .methods.base import CachePart, PrecisionPart
 from .models.base import attention_kinds
 from .packed_eviction import evict_packed
 from .packing import check_storage, move_rows, pack_generated, pack_prompt
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from lightvlm_ext.ops import Selection
 
-    from .methods.base import PromptChoice
+    from .contract.cache import PromptChoice
     from .runtime import Run
     from .transcript import Transcript
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .calls import tokens_of
+from .contract.sparse import AttentionPart
 from .host import upload
 from .layout import PADDING, TEXT, BatchLayout, LayoutError, RowLayout, layout_of
-from .methods.base import AttentionPart
 from .session import Level, Prefill
 from .transcript import Transcript
 

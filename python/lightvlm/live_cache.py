@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .cache_layer import SLACK
-from .methods.base import CachePart
+from .contract.cache import CachePart
 
 if TYPE_CHECKING:
     from .cache import CompactCache

@@ -27,8 +27,8 @@ from lightvlm_ext import ops
 from lightvlm_ext.ops import PackedKV
 
 from .cache_layer import CompactLayer
+from .contract.cache import CachePart
 from .host import lasting, upload
-from .methods.base import CachePart
 from .packed_store import BLOCK, GrowingKV, PackedStore, PromptKV
 
 DEMOTED_BITS = 2

@@ -18,8 +18,9 @@ from lightvlm_ext._kv import PACKED_HEAD_DIMS
 from lightvlm_ext.ops import KVSegment, Selection
 
 from .cache_layer import CompactLayer
+from .contract.cache import CachePart
+from .contract.precision import PrecisionPart
 from .host import lasting, upload
-from .methods.base import CachePart, PrecisionPart
 from .packed_store import BLOCK, PackedStore, PromptKV
 from .plan import Plan
 

@@ -18,8 +18,8 @@ from .block_rows import missing
 from .buffers import check_rows
 from .cache import CompactCache
 from .cache_file import load_cache
+from .contract.cache import CachePart
 from .host import upload
-from .methods.base import CachePart
 from .paged_conversion import to_pages
 from .paged_layer import PagedLayer
 from .pages import KVPages
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lightvlm_ext.ops import Selection
 
     from .cache_layer import CompactLayer
-    from .methods.base import PromptChoice
+    from .contract.cache import PromptChoice
     from .plan import Plan
 from .positions import select_rows
 

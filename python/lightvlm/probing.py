@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lightvlm_ext import ops
 
+from .contract.prefill import Probe
 from .host import rectangular, upload
 from .layout import RowLayout
-from .methods.base import Probe
 
 if TYPE_CHECKING:
     from .session import Level

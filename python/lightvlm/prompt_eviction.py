@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .contract.cache import CachePart, PromptChoice, PromptInput, PromptLayer
+from .contract.sparse import AttentionPart
 from .host import lasting, upload
 from .layout import BatchLayout, RowLayout, Run
-from .methods.base import AttentionPart, CachePart, PromptChoice, PromptInput, PromptLayer
 
 if TYPE_CHECKING:
     from .cache import CompactCache

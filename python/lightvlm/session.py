@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lightvlm_ext import ops
 
+from .contract.prefill import Picture, PrefillPart, Probe, StageInput
+from .contract.stages import Stage
 from .host import rectangular, upload
 from .layout import FIRST_IMAGE, TEXT, BatchLayout, RowLayout
-from .methods.base import Picture, PrefillPart, Probe, Stage, StageInput
 from .models.base import Adapter
 from .probing import (
     coming_keys,

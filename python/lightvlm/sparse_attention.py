@@ -15,9 +15,9 @@ from torch import Tensor
 from lightvlm_ext import ops
 from lightvlm_ext.ops import Selection
 
+from .contract.sparse import AttentionPart, AttentionScores
 from .host import rectangular, upload
 from .layout import PADDING, BatchLayout
-from .methods.base import AttentionPart, AttentionScores
 
 
 class SparsePrefill:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from lightvlm_ext import ops
 
 from . import attention_hook
+from .contract.prefill import TowerProbe
 from .host import rectangular, upload
 from .layout import FIRST_IMAGE, BatchLayout, Grid
-from .methods.base import TowerProbe
 from .models.base import Adapter
 
 _ENCODED = "the images came in already encoded, without the vision tower's attention that the plan needs"

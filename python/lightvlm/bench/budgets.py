@@ -15,8 +15,10 @@ from functools import partial
 from typing import Any, Literal
 
 from ..catalogue import describe as describe_method
+from ..contract.prefill import PrefillPart
+from ..contract.sparse import AttentionPart
 from ..methods import METHODS, method_names
-from ..methods.base import AttentionPart, Method, PrefillPart
+from ..methods.base import Method
 from ..methods.kv_precision import KVPrecision
 from ..plan import Plan
 from ..runtime import attach

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..methods.base import PrefillPart
+from ..contract.prefill import PrefillPart
 from ..plan import Plan
 from .prompts import Cost, Prompts
 

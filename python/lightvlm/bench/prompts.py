@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract.prefill import PrefillPart
 from ..flops import attention_width, layer_flops, linear_weights
 from ..layout import FIRST_IMAGE, PADDING, TEXT, BatchLayout, RowLayout, Run, layout_of, read_layout
-from ..methods.base import PrefillPart
 from ..models.base import Adapter
 from ..session import Prefill
 

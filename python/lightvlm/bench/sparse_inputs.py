@@ -15,8 +15,8 @@ from torch import Tensor
 from lightvlm_ext import ops
 from lightvlm_ext.ops import Selection
 
+from ..contract.sparse import AttentionScores
 from ..layout import BatchLayout, read_layout
-from ..methods.base import AttentionScores
 from ..methods.zipvl import ZipVLPrefill
 from ..sparse_attention import SparsePrefill
 from .cases._case import Geometry
