@@ -6,6 +6,7 @@ Every message names the argument, what it got and what it wants, before anything
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -71,11 +72,14 @@ def integer(value: object, name: str, low: int, high: int = INT32_MAX) -> int:
 
 def real(value: object, name: str) -> float:
     """`value` as a finite float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(
+        value, (int, float, numbers.Real)
+    ):  # numpy's are numbers.Real
         raise TypeError(f"{name}: got {type(value).__name__}, must be a float")
-    if not -math.inf < value < math.inf:  # torch.compile can follow comparisons, not math.isfinite
+    number = float(value)
+    if not -math.inf < number < math.inf:  # torch.compile can follow comparisons, not math.isfinite
         raise ValueError(f"{name}: got {value}, must be finite")
-    return float(value)
+    return number
 
 
 def choice(value: object, name: str, allowed: Sequence[str]) -> str:

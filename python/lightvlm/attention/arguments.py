@@ -129,7 +129,7 @@ def shape_of_logits(
 
 
 def check_flags(**flags: object) -> None:
-    """Each is a bool."""
+    """Each is a bool, or what flash-attn's own binding takes for one: None, an int, numpy's bool."""
     for name, value in flags.items():
         _flag(value, name)
 
@@ -159,7 +159,9 @@ def probes_of(window: object, query: Tensor, batch: int) -> Probes | None:
 
 
 def _flag(value: object, name: str) -> None:
-    if not isinstance(value, bool):
+    if isinstance(value, bool | int) or value is None:
+        return
+    if getattr(getattr(value, "dtype", None), "kind", None) != "b":
         raise TypeError(f"{name}: got {type(value).__name__}, must be a bool")
 
 

@@ -75,7 +75,7 @@ def flash_attn_func(
     )
     probes = arguments.probes_of(importance_window, q, batch)
     check_rows(None if probes is None else probes.rows, rows)
-    out, lse = ops.attend(q, k, v, rows, keys, shape, wants_lse=return_attn_probs or probes is not None)
+    out, lse = ops.attend(q, k, v, rows, keys, shape, wants_lse=bool(return_attn_probs) or probes is not None)
     if probes is None:
         return (out, lse, None) if return_attn_probs else out
     scores = ops.importance(q, k, lse, probes, rows, keys, shape)

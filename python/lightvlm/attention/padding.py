@@ -14,6 +14,14 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
     return _checks.tensor(input, "input").index_select(0, indices)
 
 
+def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
+    """(first_axis_dim, ...) with values (len(indices), ...) in the rows of these numbers, 0 elsewhere."""
+    rest = _checks.tensor(values, "values").shape[1:]
+    _checks.shape(_checks.tensor(indices, "indices"), "indices", (values.shape[0],))
+    _checks.integer(first_axis_dim, "first_axis_dim", 0)
+    return values.new_zeros((first_axis_dim, *rest)).index_copy(0, indices.long(), values)
+
+
 def unpad_input(
     hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
@@ -44,9 +52,7 @@ def unpad_input(
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     """(batch, seqlen, ...) with hidden_states (total, ...) at the places that unpad_input named, 0 elsewhere."""
-    rest = _checks.tensor(hidden_states, "hidden_states").shape[1:]
-    _checks.shape(_checks.tensor(indices, "indices"), "indices", (hidden_states.shape[0],))
-    _checks.integer(batch, "batch", 0)
-    _checks.integer(seqlen, "seqlen", 0)
-    padded = hidden_states.new_zeros((batch * seqlen, *rest))
-    return padded.index_copy(0, indices.long(), hidden_states).unflatten(0, (batch, seqlen))
+    tokens = _checks.tensor(hidden_states, "hidden_states").shape[0]
+    _checks.shape(_checks.tensor(indices, "indices"), "indices", (tokens,))
+    places = _checks.integer(batch, "batch", 0) * _checks.integer(seqlen, "seqlen", 0)
+    return index_put_first_axis(hidden_states, indices, places).unflatten(0, (batch, seqlen))

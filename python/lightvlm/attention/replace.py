@@ -7,10 +7,11 @@ import importlib.machinery
 import importlib.util
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 
-from . import gpu
+from . import gpu, padding
+from .rotary import apply_rotary_emb
 
 PACKAGE = "flash_attn"
 VERSION = "2.8.3"
@@ -25,9 +26,9 @@ _before: dict[str, ModuleType] = {}
 def replace_flash_attn(*, override: bool = False) -> Iterator[None]:
     """``import flash_attn`` finds this package's functions in this context.
 
-    For modelling code that is not ours (``trust_remote_code=True``) and imports flash_attn, or flash_attn.bert_padding
-    or flash_attn.flash_attn_interface, by itself: load the model in this context. What that code imported stays with it
-    afterwards, so the model runs outside of the context, too.
+    For modelling code that is not ours (``trust_remote_code=True``) and imports flash_attn, or its
+    flash_attn_interface, bert_padding or layers.rotary, by itself: load the model in this context. What that code
+    imported stays with it afterwards, so the model runs outside of the context, too.
 
     Where the real flash-attn is installed, nothing happens, unless ``override``. What is replaced is sys.modules, so
     all threads see it; contexts may be nested and overlap between threads, and the last one that ends restores what was
@@ -89,23 +90,28 @@ def _make() -> dict[str, ModuleType]:
         for name in flash_attn_interface.__all__
         if name.startswith("flash_attn_")
     }
-    padding = {
-        name: getattr(flash_attn_interface, name) for name in ("index_first_axis", "pad_input", "unpad_input")
-    }
-    package = _module(PACKAGE, functions | {"__version__": VERSION}, is_package=True)
-    parts = {
-        "flash_attn_interface": _module(f"{PACKAGE}.flash_attn_interface", functions),
-        "bert_padding": _module(f"{PACKAGE}.bert_padding", padding),
-    }
-    vars(package).update(parts)
-    return {PACKAGE: package} | {module.__name__: module for module in parts.values()}
+    of_padding = ("index_first_axis", "index_put_first_axis", "pad_input", "unpad_input")
+    rotary = dict.fromkeys(("apply_rotary_emb", "apply_rotary_emb_func"), apply_rotary_emb)
+    modules = [
+        _module(PACKAGE, functions | {"__version__": VERSION}, is_package=True),
+        _module(f"{PACKAGE}.flash_attn_interface", functions),
+        _module(f"{PACKAGE}.bert_padding", {name: getattr(padding, name) for name in of_padding}),
+        _module(f"{PACKAGE}.layers", {}, is_package=True),
+        _module(f"{PACKAGE}.layers.rotary", rotary),
+    ]
+    made = {module.__name__: module for module in modules}
+    for name, module in made.items():  # a part is an attribute of what it is a part of
+        parent, _, part = name.rpartition(".")
+        if parent:
+            setattr(made[parent], part, module)
+    return made
 
 
-def _module(name: str, content: dict[str, object], is_package: bool = False) -> ModuleType:
+def _module(name: str, content: Mapping[str, object], is_package: bool = False) -> ModuleType:
     module = ModuleType(name, f"{name} {VERSION}, as lightvlm.replace_flash_attn() stands in for it.")
     # A spec, because importlib.util.find_spec() takes a module without one for an error.
     module.__spec__ = importlib.machinery.ModuleSpec(name, None, origin="lightvlm", is_package=is_package)
-    module.__package__ = name if is_package else PACKAGE
+    module.__package__ = name if is_package else name.rpartition(".")[0]
     if is_package:
         module.__path__ = []  # of its other parts there are none
     vars(module).update(content)

@@ -1,9 +1,13 @@
-"""Rotary position embedding, as flash-attn applies it to new queries and keys of a cache."""
+"""Rotary position embedding, as flash-attn applies it: to new queries and keys of a cache, and in its layers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from lightvlm_ext import _checks
+
+from .arguments import check_flags, check_forward_only
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
@@ -23,3 +27,65 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: 
     pairs = first * c - second * s, first * s + second * c
     joined = torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)
     return torch.cat([joined.to(x.dtype), rest], dim=-1)
+
+
+def apply_rotary_emb(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    inplace: bool = False,
+    seqlen_offsets: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """x with its first R channels rotated, with the arguments of flash_attn.layers.rotary.apply_rotary_emb.
+
+    Args:
+        x: (B, S, H, D); with cu_seqlens (total, H, D).
+        cos, sin: (positions, R / 2), R at most D.
+        interleaved: channels 2i and 2i + 1 are a pair, otherwise i and i + R / 2.   inplace: write it into x.
+        seqlen_offsets: position of each sequence's first token, an int or (B,).
+        cu_seqlens: (B + 1,) int32, where packed sequences begin and end; tokens outside all of them stay as they are.
+        max_seqlen: needed with cu_seqlens, the longest sequence.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, x requires grad (there is no backward pass), or the tables
+            end before the sequence, where the host can tell.
+    """
+    packed = cu_seqlens is not None
+    _checks.shape(_checks.tensor(x, "x"), "x", ("total", "H", "D") if packed else ("B", "S", "H", "D"))
+    check_forward_only(x=x)
+    check_flags(interleaved=interleaved, inplace=inplace)
+    _checks.shape(_checks.tensor(cos, "cos"), "cos", ("positions", "R / 2"))
+    _checks.shape(_checks.tensor(sin, "sin"), "sin", tuple(cos.shape))
+    if 2 * cos.shape[1] > x.shape[-1]:
+        raise ValueError(f"cos: rotates {2 * cos.shape[1]} channels, must be at most {x.shape[-1]}")
+    for table, name in ((cos, "cos"), (sin, "sin")):
+        _checks.same_device(table, name, x, "x")
+    if (max_seqlen is None) == packed:
+        raise ValueError("max_seqlen: must be given with cu_seqlens, and only with it")
+    longest = x.shape[1] if max_seqlen is None else _checks.integer(max_seqlen, "max_seqlen", 0)
+    batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    first = 0
+    if isinstance(seqlen_offsets, Tensor):
+        _checks.shape(seqlen_offsets, "seqlen_offsets", (batch,))
+        _checks.same_device(seqlen_offsets, "seqlen_offsets", x, "x")
+        offsets = seqlen_offsets
+    else:
+        first = _checks.integer(seqlen_offsets, "seqlen_offsets", 0)
+        offsets = torch.full((batch,), first, device=x.device)
+    if first + longest > cos.shape[0]:
+        raise ValueError(f"cos: has {cos.shape[0]} positions, must have at least {first + longest}")
+    if cu_seqlens is None:
+        steps = torch.arange(longest, device=x.device)
+        out = rotate(x, cos, sin, offsets[:, None] + steps, bool(interleaved))
+    else:
+        token = torch.arange(x.shape[0], device=x.device)
+        row = torch.searchsorted(cu_seqlens, token, right=True) - 1  # -1 and batch: outside of all
+        within = (row >= 0) & (row < batch)
+        row = row.clamp(0, max(batch - 1, 0))
+        position = token - cu_seqlens[row] + offsets[row] if batch else token
+        turned = rotate(x[None], cos, sin, position[None], bool(interleaved))[0]
+        out = torch.where(within[:, None, None], turned, x)
+    return x.copy_(out) if inplace else out

@@ -82,7 +82,7 @@ def flash_attn_varlen_func(
         max_q,
         max_k,
         shape,
-        wants_lse=return_attn_probs or probes is not None,
+        wants_lse=bool(return_attn_probs) or probes is not None,
         cu_q=cu_seqlens_q,
         cu_k=cu_seqlens_k,
         block_table=block_table,

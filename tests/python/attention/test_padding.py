@@ -22,11 +22,12 @@ def test_signatures() -> None:
     """flash_attn.bert_padding's, of 2.8.3."""
     found = {
         name: list(inspect.signature(getattr(bert_padding, name)).parameters)
-        for name in ("unpad_input", "pad_input")
+        for name in ("unpad_input", "pad_input", "index_put_first_axis")
     }
     assert found == {
         "unpad_input": ["hidden_states", "attention_mask", "unused_mask"],
         "pad_input": ["hidden_states", "indices", "batch", "seqlen"],
+        "index_put_first_axis": ["values", "indices", "first_axis_dim"],
     }
 
 
@@ -43,6 +44,7 @@ def test_there_and_back(mask: torch.Tensor, rest: tuple[int, ...]) -> None:
     assert torch.equal(index_first_axis(x.flatten(0, 1), indices), tokens)
     again = pad_input(tokens, indices, 4, 5)
     assert torch.equal(again, x * mask.view(4, 5, *(1 for _ in rest)))
+    assert torch.equal(bert_padding.index_put_first_axis(tokens, indices, 20), again.flatten(0, 1))
 
 
 def test_unused_tokens() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightvlm import flash_attn_interface as fa
@@ -14,15 +15,29 @@ def tensors() -> list[Tensor]:
     return [torch.randn(2, 5, 4, 32), torch.randn(2, 5, 2, 32), torch.randn(2, 5, 2, 32)]
 
 
+def test_what_flash_attn_takes_for_flags_and_numbers() -> None:
+    """Its binding converts; call sites that rely on it must not stumble here."""
+    q, k, v = tensors()
+    wanted = fa.flash_attn_func(q, k, v, softmax_scale=0.25, causal=True, window_size=(3, 0))
+    for yes in (1, np.bool_(True)):
+        options: dict[str, Any] = {"softmax_scale": np.float32(0.25), "window_size": (np.int64(3), 0)}
+        assert torch.equal(fa.flash_attn_func(q, k, v, causal=yes, **options), wanted)
+    for no in (None, 0):
+        options = {"causal": no, "deterministic": no}
+        assert torch.equal(fa.flash_attn_func(q, k, v, **options), fa.flash_attn_func(q, k, v))
+    options = {"return_attn_probs": np.bool_(True)}
+    assert len(fa.flash_attn_func(q, k, v, **options)) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"dropout_p": 0.1}, ValueError, "dropout_p: got 0.1, must be 0.0: lightvlm's attention is for inference"),
         ({"dropout_p": "0"}, TypeError, "dropout_p: got str, must be a float"),
         ({"softmax_scale": float("nan")}, ValueError, "softmax_scale: got nan, must be finite"),
-        ({"causal": 1}, TypeError, "causal: got int, must be a bool"),
-        ({"deterministic": None}, TypeError, "deterministic: got NoneType, must be a bool"),
-        ({"return_attn_probs": 1}, TypeError, "return_attn_probs: got int, must be a bool"),
+        ({"causal": "yes"}, TypeError, "causal: got str, must be a bool"),
+        ({"deterministic": 1.0}, TypeError, "deterministic: got float, must be a bool"),
+        ({"return_attn_probs": torch.tensor(True)}, TypeError, "return_attn_probs: got Tensor, must be a bool"),
         ({"window_size": 3}, TypeError, "window_size: got 3, must be a pair of ints"),
         ({"window_size": (1, 2, 3)}, TypeError, "window_size: got .*, must be a pair of ints"),
         ({"window_size": (1.0, 2)}, TypeError, "window_size: got float, must be an int"),

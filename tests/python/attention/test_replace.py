@@ -18,7 +18,7 @@ import pytest
 import torch
 from lightvlm import flash_attn_interface as ours
 from lightvlm import replace_flash_attn
-from lightvlm.attention import gpu
+from lightvlm.attention import gpu, rotary
 from transformers.utils import import_utils
 
 installed = pytest.mark.skipif(
@@ -108,9 +108,11 @@ def test_what_there_is() -> None:
         import flash_attn
         import flash_attn.bert_padding
         import flash_attn.flash_attn_interface as interface
+        import flash_attn.layers.rotary
 
         assert flash_attn.__version__ == "2.8.3"
-        for name in ("flash_attn", "flash_attn.bert_padding", "flash_attn.flash_attn_interface"):
+        for part in ("", ".bert_padding", ".flash_attn_interface", ".layers", ".layers.rotary"):
+            name = f"flash_attn{part}"
             found = importlib.util.find_spec(name)
             assert found is not None
             assert found.name == name
@@ -119,8 +121,10 @@ def test_what_there_is() -> None:
         assert len(functions) >= 7
         for name in functions:
             assert getattr(flash_attn, name) is getattr(interface, name) is getattr(ours, name)
-        for name in ("index_first_axis", "pad_input", "unpad_input"):
-            assert getattr(flash_attn.bert_padding, name) is getattr(ours, name)
+        for name in ("index_first_axis", "index_put_first_axis", "pad_input", "unpad_input"):
+            assert getattr(flash_attn.bert_padding, name) is getattr(ours.bert_padding, name)
+        assert flash_attn.layers.rotary.apply_rotary_emb is rotary.apply_rotary_emb
+        assert flash_attn.layers.rotary.apply_rotary_emb_func is rotary.apply_rotary_emb
         with pytest.raises(ModuleNotFoundError, match=r"flash_attn\.ops"):
             importlib.import_module("flash_attn.ops.rms_norm")
         with pytest.raises(ImportError, match="cannot import name 'flash_attn_unpadded_func'"):
@@ -152,10 +156,10 @@ def test_nested_contexts() -> None:
 @pytest.fixture
 def real(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A flash_attn that is installed and imported, with a part that ours does not have."""
-    found, part = ModuleType("flash_attn"), ModuleType("flash_attn.layers")
+    found, part = ModuleType("flash_attn"), ModuleType("flash_attn.ops")
     found.__spec__ = importlib.util.spec_from_loader("flash_attn", None)
     monkeypatch.setitem(sys.modules, "flash_attn", found)
-    monkeypatch.setitem(sys.modules, "flash_attn.layers", part)
+    monkeypatch.setitem(sys.modules, "flash_attn.ops", part)
     return found
 
 
@@ -164,17 +168,17 @@ def test_an_installed_one_stays(real: ModuleType, monkeypatch: pytest.MonkeyPatc
         assert sys.modules["flash_attn"] is real
         with replace_flash_attn(override=True):
             assert sys.modules["flash_attn"] is not real
-            assert "flash_attn.layers" not in sys.modules
+            assert "flash_attn.ops" not in sys.modules
         assert sys.modules["flash_attn"] is real
-        assert "flash_attn.layers" in sys.modules
+        assert "flash_attn.ops" in sys.modules
     assert sys.modules["flash_attn"] is real
-    for name in ("flash_attn", "flash_attn.layers"):
+    for name in ("flash_attn", "flash_attn.ops"):
         monkeypatch.delitem(sys.modules, name)
 
 
 def test_backends_do_not_find_it(real: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend of the flash_attn package would call this package's functions, which would choose it again."""
-    for name in ("flash_attn", "flash_attn.layers"):
+    for name in ("flash_attn", "flash_attn.ops"):
         monkeypatch.delitem(sys.modules, name)
     with replace_flash_attn():
         assert gpu.package("flash_attn") == "is not installed"
