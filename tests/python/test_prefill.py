@@ -10,8 +10,9 @@ import torch
 from lightvlm.methods.lightvlm import LightVLMPrefill
 from lightvlm.methods.random import RandomPrefill
 from python.slow import SlowDecoder
-from python.tiny import DEPTH, LLAVA, QWEN, Family, Image, generate, generate_logits
+from python.tiny import DEPTH, LLAVA, NEWER, QWEN, Family, Image, generate, generate_logits
 from torch import Tensor
+from transformers import DynamicCache
 
 ROWS = [
     [1, 2, Image(0), 3, 4, 5],
@@ -375,10 +376,17 @@ def test_the_same_input_gives_the_same_bits(model: Any, family: Family) -> None:
 @pytest.mark.parametrize("plan", [lightvlm_plan(), lightvlm.method("vl_cache", keep=0.3, min_tokens=4)])
 def test_a_chunk_that_is_padding_in_a_row(model: Any, family: Family, plan: lightvlm.Plan) -> None:
     """The first chunk holds the whole image of one row, and none of the other, which is left as it is."""
+    if family is QWEN and not NEWER:
+        pytest.skip(
+            "this transformers numbers each chunk on its own, and a row without tokens is too much for it"
+        )
     rows = [[1, 2, Image(0), *range(3, 14)], [*range(6, 15)]]
     with lightvlm.attach(model, plan):
-        together = generate(model, family.batch(rows), 6, prefill_chunk_size=20)
-        alone = generate(model, family.batch(rows[:1]), 6, prefill_chunk_size=20)
+        # transformers 5.0 wants a cache for chunks
+        together, alone = (
+            generate(model, family.batch(part), 6, prefill_chunk_size=20, past_key_values=DynamicCache())
+            for part in (rows, rows[:1])
+        )
     assert torch.equal(together[0], alone[0])
     assert torch.equal(together[1], generate(model, family.batch(rows[1:]), 6)[0])
     assert not torch.equal(alone, generate(model, family.batch(rows[:1]), 6))

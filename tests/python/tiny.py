@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import sdpa_attention
 
 IMAGE_ID, VIDEO_ID, VISION_START, VOCABULARY = 60, 61, 58, 64
 DEPTH = 5
@@ -270,6 +271,20 @@ def _frames(video: Video) -> Tensor:
 
 def _noise(image: Image, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(image.seed))
+
+
+def require_same(found: Tensor, expected: Tensor) -> None:
+    """The same bits, where transformers' SDPA attends a decoding step as ours does: the heads of a group as rows of a
+    query. Before, it repeated keys: the same within rounding."""
+    if NEWER or found.dtype != torch.float32:
+        assert torch.equal(found, expected)
+    else:
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+NEWER = hasattr(sdpa_attention, "pack_gqa")
+"""Whether transformers is newer than 5.17. Until then its beams repeat pictures one by one: the first beams of a row
+with two pictures see the first one twice."""
 
 
 def generate(model: Any, inputs: dict[str, Tensor], tokens: int, **options: Any) -> Tensor:
