@@ -6,6 +6,7 @@
 // vectors, a factor. bf16 queries have decode_bf16_cpu.h where the processor multiplies bf16.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/float16.cuh"
@@ -71,6 +72,14 @@ struct Widen<bfloat16_t> {
     }
 };
 
+// Sums that join the rest only when they are complete: keeps rounding errors small.
+constexpr int64_t kSumDwords = 16;
+constexpr int kSumTokens = 32;
+
+LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void join(bool first, __m512 sum, float* to) {
+    _mm512_storeu_ps(to, first ? sum : _mm512_add_ps(_mm512_loadu_ps(to), sum));
+}
+
 // Adds channel j's products to the sums of 32 tokens.
 template <int kHeads>
 LIGHTVLM_TARGET_AVX512 LIGHTVLM_INLINE void add_channel(__m512 a, __m512 b, const float* query,
@@ -92,27 +101,30 @@ LIGHTVLM_TARGET_AVX512 void score_dense(const Span& span, const SpanRows<Rows>& 
     RowsAhead<Rows> ahead(rows.value, row_bytes);
     for (int n = 0; n < span.tokens; n += 32) {
         transpose_rows(rows.key, span.tokens, n, row_bytes, work->dwords);
-        __m512 sums[kHeads][2];
+        for (int64_t begin = 0; begin < row_bytes / 4; begin += kSumDwords) {
+            const int64_t end = std::min(begin + kSumDwords, row_bytes / 4);
+            __m512 sums[kHeads][2];
 #pragma GCC unroll 8
-        for (int h = 0; h < kHeads; ++h) sums[h][0] = sums[h][1] = _mm512_setzero_ps();
-        for (int64_t j = 0; j < row_bytes / 4; ++j) {
-            ahead.step();
-            ahead.step();
-            const __m512i a = _mm512_load_si512(work->dwords + j * 32);
-            const __m512i b = _mm512_load_si512(work->dwords + j * 32 + 16);
-            const float* query = work->query + j * kChannels * kHeadTile;
-            add_channel<kHeads>(Widen<T>::template part<0>(a), Widen<T>::template part<0>(b), query,
-                                sums);
-            if constexpr (kChannels == 2) {
-                add_channel<kHeads>(Widen<T>::template part<1>(a), Widen<T>::template part<1>(b),
-                                    query + kHeadTile, sums);
+            for (int h = 0; h < kHeads; ++h) sums[h][0] = sums[h][1] = _mm512_setzero_ps();
+            for (int64_t j = begin; j < end; ++j) {
+                ahead.step();
+                ahead.step();
+                const __m512i a = _mm512_load_si512(work->dwords + j * 32);
+                const __m512i b = _mm512_load_si512(work->dwords + j * 32 + 16);
+                const float* query = work->query + j * kChannels * kHeadTile;
+                add_channel<kHeads>(Widen<T>::template part<0>(a), Widen<T>::template part<0>(b),
+                                    query, sums);
+                if constexpr (kChannels == 2) {
+                    add_channel<kHeads>(Widen<T>::template part<1>(a),
+                                        Widen<T>::template part<1>(b), query + kHeadTile, sums);
+                }
             }
-        }
 #pragma GCC unroll 8
-        for (int h = 0; h < kHeads; ++h) {
-            float* to = scores + h * kScorePitch + n;
-            _mm512_storeu_ps(to, _mm512_mul_ps(sums[h][0], unit));
-            _mm512_storeu_ps(to + 16, _mm512_mul_ps(sums[h][1], unit));
+            for (int h = 0; h < kHeads; ++h) {
+                float* to = scores + h * kScorePitch + n;
+                join(begin == 0, _mm512_mul_ps(sums[h][0], unit), to);
+                join(begin == 0, _mm512_mul_ps(sums[h][1], unit), to + 16);
+            }
         }
     }
 }
@@ -125,26 +137,30 @@ LIGHTVLM_TARGET_AVX512 void value_dense(const Span& span, const SpanRows<Rows>& 
     for (int64_t d = 0; d < span.channels; d += 32) {
         // Widths are multiples of 16: a vector lies in the row or behind it.
         const __mmask16 second = d + 16 < span.head_dim ? 0xffff : 0;
-        __m512 sums[kHeads][2];
+        for (int begin = 0; begin < span.tokens; begin += kSumTokens) {
+            const int end = std::min(begin + kSumTokens, span.tokens);
+            __m512 sums[kHeads][2];
 #pragma GCC unroll 8
-        for (int h = 0; h < kHeads; ++h) sums[h][0] = sums[h][1] = _mm512_setzero_ps();
-        for (int n = 0; n < span.tokens; ++n) {
+            for (int h = 0; h < kHeads; ++h) sums[h][0] = sums[h][1] = _mm512_setzero_ps();
+            for (int n = begin; n < end; ++n) {
 #pragma GCC unroll 2
-            for (int64_t lines = 0; lines < kSize / 2; ++lines) ahead.step();
-            const char* row = rows.value[n] + d * kSize;
-            const __m512 a = Widen<T>::row(0xffff, row);
-            const __m512 b = Widen<T>::row(second, row + 16 * kSize);
+                for (int64_t lines = 0; lines < kSize / 2; ++lines) ahead.step();
+                const char* row = rows.value[n] + d * kSize;
+                const __m512 a = Widen<T>::row(0xffff, row);
+                const __m512 b = Widen<T>::row(second, row + 16 * kSize);
+#pragma GCC unroll 8
+                for (int h = 0; h < kHeads; ++h) {
+                    const __m512 w = _mm512_set1_ps(p[h * kScorePitch + n]);
+                    sums[h][0] = _mm512_fmadd_ps(a, w, sums[h][0]);
+                    sums[h][1] = _mm512_fmadd_ps(b, w, sums[h][1]);
+                }
+            }
 #pragma GCC unroll 8
             for (int h = 0; h < kHeads; ++h) {
-                const __m512 w = _mm512_set1_ps(p[h * kScorePitch + n]);
-                sums[h][0] = _mm512_fmadd_ps(a, w, sums[h][0]);
-                sums[h][1] = _mm512_fmadd_ps(b, w, sums[h][1]);
+                float* to = out + h * kMaxChannels + d;
+                join(begin == 0, sums[h][0], to);
+                join(begin == 0, sums[h][1], to + 16);
             }
-        }
-#pragma GCC unroll 8
-        for (int h = 0; h < kHeads; ++h) {
-            _mm512_storeu_ps(out + h * kMaxChannels + d, sums[h][0]);
-            _mm512_storeu_ps(out + h * kMaxChannels + d + 16, sums[h][1]);
         }
     }
 }

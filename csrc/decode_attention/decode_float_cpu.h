@@ -204,21 +204,25 @@ struct TileScores<CpuLevel::kAvx2> {
     template <int kHeads>
     LIGHTVLM_TARGET_AVX2 static void some(const float* query, const float* turned, int64_t head_dim,
                                           float unit, float* scores) {
-        __m256 sums[kHeads][2];
-        for (int h = 0; h < kHeads; ++h) sums[h][0] = sums[h][1] = _mm256_setzero_ps();
-        for (int64_t d = 0; d < head_dim; ++d) {
-            const __m256 a = _mm256_loadu_ps(turned + d * kTileTokens);
-            const __m256 b = _mm256_loadu_ps(turned + d * kTileTokens + 8);
-            for (int h = 0; h < kHeads; ++h) {
-                const __m256 q = _mm256_set1_ps(query[d * kHeadTile + h]);
-                sums[h][0] = _mm256_fmadd_ps(a, q, sums[h][0]);
-                sums[h][1] = _mm256_fmadd_ps(b, q, sums[h][1]);
+        for (int64_t begin = 0; begin < head_dim; begin += kSumBlock) {
+            __m256 sums[kHeads][2];
+            for (int h = 0; h < kHeads; ++h) sums[h][0] = sums[h][1] = _mm256_setzero_ps();
+            for (int64_t d = begin; d < begin + kSumBlock; ++d) {
+                const __m256 a = _mm256_loadu_ps(turned + d * kTileTokens);
+                const __m256 b = _mm256_loadu_ps(turned + d * kTileTokens + 8);
+                for (int h = 0; h < kHeads; ++h) {
+                    const __m256 q = _mm256_set1_ps(query[d * kHeadTile + h]);
+                    sums[h][0] = _mm256_fmadd_ps(a, q, sums[h][0]);
+                    sums[h][1] = _mm256_fmadd_ps(b, q, sums[h][1]);
+                }
             }
-        }
-        for (int h = 0; h < kHeads; ++h) {
-            for (int half = 0; half < 2; ++half) {
-                _mm256_storeu_ps(scores + h * kScorePitch + half * 8,
-                                 _mm256_mul_ps(sums[h][half], _mm256_set1_ps(unit)));
+            for (int h = 0; h < kHeads; ++h) {
+                for (int half = 0; half < 2; ++half) {
+                    float* to = scores + h * kScorePitch + half * 8;
+                    const __m256 sum = _mm256_mul_ps(sums[h][half], _mm256_set1_ps(unit));
+                    _mm256_storeu_ps(to,
+                                     begin == 0 ? sum : _mm256_add_ps(_mm256_loadu_ps(to), sum));
+                }
             }
         }
     }

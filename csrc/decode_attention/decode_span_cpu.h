@@ -6,7 +6,7 @@
 //   values   o[h][d] = sum over n of p[h][n] * v[n][d]
 //
 // Here is what the steps share. Scores and values: decode_float_cpu.h for every format and
-// processor, decode_packed_cpu.h and decode_bf16_cpu.h where they are faster.
+// processor, decode_packed_cpu.h, decode_bf16_cpu.h and decode_dense_cpu.h where they are faster.
 #pragma once
 
 #include <cstdint>
