@@ -15,7 +15,7 @@ MAX_SEGMENTS = 12  # kDecodeMaxSegments
 
 @dataclass
 class DecodeArgs:
-    """Checked arguments; a list has an entry for each segment.
+    """Checked arguments; a list has an entry for each segment, or none where all of them would be None.
 
     key, value: (B, N, Hkv, D) of a dense segment, pages (P, page_size, Hkv, D) of a dense one with a block table, codes
     (B, Hkv, N, row_bytes) of a packed one.
@@ -40,7 +40,7 @@ class DecodeArgs:
 
     def tokens(self, segment: int) -> int:
         """Tokens of a batch row that the segment has room for."""
-        table = self.block_table[segment]
+        table = self.block_table[segment] if self.block_table else None
         blocks = 1 if table is None else table.shape[1]
         return blocks * self.key[segment].shape[2 if self.bits[segment] else 1]
 

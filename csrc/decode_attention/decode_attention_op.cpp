@@ -207,7 +207,18 @@ class Scratch {
     void* data_;
 };
 
-// The fields of packed segments that dense ones do not have; lists with an entry for each segment.
+// A list with an entry for each segment, or an empty one, which stands for entries that are all
+// absent: reading a list costs as much as some ten keys.
+void check_optional(const OptionalTensors& list, size_t segments, const char* name) {
+    if (!list.empty()) check_listed(list.size(), segments, name);
+}
+
+const std::optional<Tensor>& entry(const OptionalTensors& list, int64_t segment) {
+    static const std::optional<Tensor> absent;
+    return list.empty() ? absent : list[segment];
+}
+
+// The fields of packed segments that dense ones do not have.
 struct PackedFields {
     const std::vector<int64_t>& bits;
     const std::vector<int64_t>& block;
@@ -256,7 +267,7 @@ void set_packed(const Tensor& query, const Tensor& key, const Tensor& value,
     const auto of_channel = [&](const OptionalTensors& tensors, const char* name) {
         const std::string full = field(number, name);
         const Tensor& tensor =
-            packed_field(tensors[number], full,
+            packed_field(entry(tensors, number), full,
                          {params->batch, params->key_heads, segment.blocks, params->head_dim},
                          ScalarType::Float, query);
         check_contiguous(tensor, full.c_str());
@@ -266,7 +277,7 @@ void set_packed(const Tensor& query, const Tensor& key, const Tensor& value,
     segment.key_zero = of_channel(fields.key_zero, "key_zero");
     segment.value_channel = of_channel(fields.value_channel, "value_channel");
     const std::string token_name = field(number, "value_token");
-    const Tensor& token = packed_field(fields.value_token[number], token_name,
+    const Tensor& token = packed_field(entry(fields.value_token, number), token_name,
                                        {params->batch, params->key_heads, segment.tokens, 2},
                                        ScalarType::Half, query);
     check_last_contiguous(token, token_name.c_str());
@@ -309,22 +320,23 @@ void decode_attention_op(
     check_listed(value.size(), segments, "value");
     check_listed(bits.size(), segments, "bits");
     check_listed(block.size(), segments, "block");
-    check_listed(lens.size(), segments, "lens");
-    check_listed(leftpad.size(), segments, "leftpad");
-    check_listed(block_table.size(), segments, "block_table");
-    check_listed(key_scale.size(), segments, "key_scale");
-    check_listed(key_zero.size(), segments, "key_zero");
-    check_listed(value_channel.size(), segments, "value_channel");
-    check_listed(value_token.size(), segments, "value_token");
+    check_optional(lens, segments, "lens");
+    check_optional(leftpad, segments, "leftpad");
+    check_optional(block_table, segments, "block_table");
+    check_optional(key_scale, segments, "key_scale");
+    check_optional(key_zero, segments, "key_zero");
+    check_optional(value_channel, segments, "value_channel");
+    check_optional(value_token, segments, "value_token");
     const PackedFields fields{bits, block, key_scale, key_zero, value_channel, value_token};
     for (int64_t s = 0; s < params.segments; ++s) {
-        params.segment[s].lens = positions(lens[s], field(s, "lens"), query);
+        params.segment[s].lens = positions(entry(lens, s), field(s, "lens"), query);
+        const auto& pad = entry(leftpad, s);
+        const auto& table = entry(block_table, s);
         if (bits[s] == 0) {
-            set_dense(query, key[s], value[s], leftpad[s], block_table[s], s, &params);
+            set_dense(query, key[s], value[s], pad, table, s, &params);
         } else {
-            check(!block_table[s].has_value(), field(s, "block_table"),
-                  ": must be absent where packed");
-            check(!leftpad[s].has_value(), field(s, "leftpad"), ": must be absent where packed");
+            check(!table.has_value(), field(s, "block_table"), ": must be absent where packed");
+            check(!pad.has_value(), field(s, "leftpad"), ": must be absent where packed");
             set_packed(query, key[s], value[s], fields, s, &params);
         }
     }

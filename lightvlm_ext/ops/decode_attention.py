@@ -86,9 +86,12 @@ def decode_dense(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """decode_attention over one KVSegment, for callers that have checked their arguments: at every token the wrapper's
     own checks would cost as much as 150 keys. The op itself checks whatever memory depends on."""
-    none: list[torch.Tensor | None] = [None]
-    where = ([lens], [leftpad], [block_table])
-    return _run(DecodeArgs(query, scale, [key], [value], [0], [0], *where, none, none, none, none))
+    of_rows = (_listed(lens), _listed(leftpad), _listed(block_table))
+    return _run(DecodeArgs(query, scale, [key], [value], [0], [0], *of_rows))
+
+
+def _listed(value: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [] if value is None else [value]
 
 
 def _run(args: DecodeArgs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -113,7 +113,8 @@ def shape_of_logits(
     _flag(causal, "causal")
     if not isinstance(window_size, tuple | list) or len(window_size) != 2:
         raise TypeError(f"window_size: got {window_size!r}, must be a pair of ints, (left, right)")
-    left, right = (_checks.integer(side, "window_size", -_checks.INT32_MAX) for side in window_size)
+    left = _checks.integer(window_size[0], "window_size", -_checks.INT32_MAX)
+    right = _checks.integer(window_size[1], "window_size", -_checks.INT32_MAX)
     if causal:
         right = 0
     # The last row stands at the last key, the first one max_q - 1 before it.
