@@ -357,8 +357,7 @@ class Run:
             streams = [x.int() for x in (*streams, *positions[-3:].to(is_image.device))]
         on_host = torch.stack(streams).cpu()
         flags = on_host[:2].bool()
-        sizes = self._adapter.image_sizes(inputs) if flags[0].any() else None
-        grids = self._adapter.image_grids(inputs, sizes)
+        sizes, grids = self._adapter.image_shapes(inputs) if flags[0].any() else (None, None)
         return read_layout(flags[0], flags[1], sizes, grids, on_host[2:] if len(on_host) == 5 else None)
 
     def _own_cache(self, cache: Any, layout: BatchLayout) -> CompactCache:
