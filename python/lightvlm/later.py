@@ -18,6 +18,7 @@ from .calls import tokens_of
 from .contract.sparse import AttentionPart
 from .host import upload
 from .layout import PADDING, TEXT, BatchLayout, LayoutError, RowLayout, layout_of
+from .prompt import plan_prompt, read_prompt
 from .session import Level, Prefill
 from .transcript import Transcript
 
@@ -37,8 +38,8 @@ _KNOWN = (
 
 
 @dataclass
-class Call:
-    """One call of an attached model whose tokens go into a transcript.
+class Entry:
+    """The tokens of one forward, which go into a transcript.
 
     ids: the call's input_ids, or None.   images: whether it brings image features.
     layout: of the call's own tokens, or None where nobody has asked for it.
@@ -134,39 +135,37 @@ class Call:
         return self.new - min(gone)
 
 
-def start(
-    run: Run, cache: CompactCache, inputs: dict[str, Any], layout: BatchLayout, one_logit: bool
-) -> None:
+def start(run: Run, cache: CompactCache, inputs: dict[str, Any], layout: BatchLayout) -> None:
     """Begin a transcript with a prompt that an empty cache will hold, if the plan may drop any of it later."""
-    part = run.plan.prefill
+    part, forward = run.plan.prefill, run._forward
     drops = isinstance(part, AttentionPart) and part.unimportant == "drop"
     cache.transcript = None
     if run._reduces or drops or cache.plan.cache is not None:
         cache.transcript = said = Transcript(run.plan.keep_for_later)
-        said.begin_call(inputs, one_logit)
+        said.begin_call(inputs, forward.one_logit)
         said.add_kinds(layout.codes, [row.grids for row in layout.rows])
-        run._call = Call(said, inputs.get("input_ids"), run._adapter.has_pixels(inputs), layout)
+        forward.entry = Entry(said, inputs.get("input_ids"), run._adapter.has_pixels(inputs), layout)
 
 
-def resume(run: Run, cache: CompactCache, inputs: dict[str, Any], drafts: int, one_logit: bool) -> bool:
+def resume(run: Run, cache: CompactCache, inputs: dict[str, Any]) -> bool:
     """Go on with the transcript of a filled cache; whether the call has the conversation read anew, because its tokens
     are a question to a cache that lacks some of it.
 
     Raises:
         ValueError: the call has another number of rows than a cache that would be read anew.
     """
-    said, tokens = cache.transcript, tokens_of(inputs)
+    forward, said, tokens = run._forward, cache.transcript, tokens_of(inputs)
     assert said is not None
     if tokens is None:
         return False
     new, images = tokens.shape[1], run._adapter.has_pixels(inputs)
     said.follow(cache.get_seq_length())
-    run._call = Call(said, inputs.get("input_ids"), images)
-    turn = said.is_turn(inputs, new, drafts, one_logit) and said.dropped
+    forward.entry = entry = Entry(said, inputs.get("input_ids"), images)
+    turn = said.is_turn(inputs, new, forward.drafts, forward.one_logit) and said.dropped
     kinds: BatchLayout | None = None
     if said.obstacle is None and (images or turn):
         try:
-            kinds = run._call.layout = _kinds(run, inputs, tokens, images)
+            kinds = entry.layout = _kinds(run, inputs, tokens, images)
         except LayoutError as error:
             said.obstacle = f"the conversation cannot be read anew: {error}"
     if not turn:
@@ -181,15 +180,15 @@ def resume(run: Run, cache: CompactCache, inputs: dict[str, Any], drafts: int, o
         raise ValueError(f"the call has {len(tokens)} rows, the cache has {said.batch_size}")
     assert kinds is not None
     said.add_kinds(kinds.codes, [row.grids for row in kinds.rows])
-    layout = run._call.anew = said.layout()
-    run.plan_prompt(layout, inputs, drafts)
+    entry.anew = said.layout()
+    plan_prompt(run, entry.anew)
     return True
 
 
 def _kinds(run: Run, inputs: dict[str, Any], tokens: Tensor, images: bool) -> BatchLayout:
     """Layout of new tokens; the device is asked only where images are among them."""
     if images:
-        return run._read_layout(inputs, None)
+        return read_prompt(run._adapter, inputs, None)
     return layout_of(torch.full(tokens.shape[:2], TEXT, dtype=torch.int32))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import lightvlm
 import pytest
 import torch
+from lightvlm.forward import Forward
 from lightvlm.plan import Part
 from python.tiny import DEPTH, LLAVA, QWEN, Family, Image, extend, generate, generate_logits, require_same
 from torch import nn
@@ -254,13 +255,17 @@ def test_an_error_inside_the_model_leaves_it_usable(
 
     with lightvlm.attach(model, REDUCE) as run:
         expected = generate(model, inputs, 6)
+        assert run._forward == Forward()
         calls = run.report().op_calls
         with monkeypatch.context() as patch:
             patch.setattr(model.model.language_model.layers[3].mlp, "forward", fail)
             with pytest.raises(interrupt, match="stop"):
                 generate(model, inputs, 6)
         failed = run.report()
+        # hooks run after an Exception; what any other leaves behind, the next call drops
+        assert (run._forward == Forward()) == issubclass(interrupt, Exception)
         assert torch.equal(generate(model, inputs, 6), expected)
+        assert run._forward == Forward()
         again = run.report()
     assert failed.prefills == 3
     assert again.prefills == 6

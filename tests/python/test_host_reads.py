@@ -1,7 +1,7 @@
 """One host read per prompt, none per layer or token: between the first layer and the last, nobody asks the device.
 
 On a CPU a read costs nothing, so it is counted instead: what would be a read of a device tensor on a GPU. The ops'
-own checks of values are left out, and sparse attention row by row; they happen on CPU tensors alone.
+own checks of values are left out, sparse attention row by row, and the layout; they happen on CPU tensors alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lightvlm.methods.decode_compaction import DecodeCompaction
 from lightvlm.methods.kv_precision import KVPrecision
 from python.test_precision import LONG, ZIPVL
 from python.test_prefill import OPTIONS, ROWS, lightvlm_plan, prompt
-from python.tiny import DEPTH, LLAVA, Family, extend, generate
+from python.tiny import DEPTH, LLAVA, QWEN, Family, extend, generate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = (
@@ -35,8 +35,9 @@ READS = (
 DISPATCHED = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2")
 
 
-ON_HOST = ("lightvlm_ext", "methods/windows.py")
-"""Code whose reads are no device's: the ops and their references, and tables of LightKV made of the host's numbers."""
+ON_HOST = ("lightvlm_ext", "lightvlm/layout.py", "methods/windows.py")
+"""Code whose reads are no device's: the ops and their references, layouts of what has been read, and tables of LightKV
+made of the host's numbers."""
 
 
 def in_ops() -> bool:
@@ -68,13 +69,11 @@ class _Counter(TorchDispatchMode):
 
 
 @contextmanager
-def counted_reads(
-    model: Any, monkeypatch: pytest.MonkeyPatch, hooks_only: bool = False
-) -> Iterator[list[str]]:
+def counted_reads(model: Any, monkeypatch: pytest.MonkeyPatch, where: str = "layers") -> Iterator[list[str]]:
     """Reads between the entry of the first decoder layer and the end of the base model's call, hooks included.
 
-    ``hooks_only``: instead, those of the hooks that attach put before the base model, while a cache is continued, and
-    before its decoder.
+    ``where``: "hooks" counts instead those of the hooks that attach put before the base model, while a cache is
+    continued, and before its decoder; "prompt" those of the hook before the base model, while a prompt begins.
     """
     found: list[str] = []
     open_: list[_Counter] = []
@@ -93,9 +92,10 @@ def counted_reads(
         open_.append(_Counter(found))
         open_[0].__enter__()
 
-    def enter_filled(module: Any, args: Any, kwargs: Any) -> None:
+    def enter_call(module: Any, args: Any, kwargs: Any) -> None:
         cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
+        filled = cache is not None and cache.get_seq_length() > 0
+        if filled == (where == "hooks"):
             enter(module)
 
     def leave(module: Any, *_: Any) -> None:
@@ -107,14 +107,17 @@ def counted_reads(
             patch.setattr(torch.Tensor, name, watch(name))
         # ours come first at the layer and last at the model: registered before and after those of attach
         base, decoder = model.model, model.model.language_model
-        if hooks_only:
+        if where in ("hooks", "prompt"):
             handles = [
-                base.register_forward_pre_hook(enter_filled, prepend=True, with_kwargs=True),
+                base.register_forward_pre_hook(enter_call, prepend=True, with_kwargs=True),
                 base.register_forward_pre_hook(leave),
+            ]
+        if where == "hooks":
+            handles += [
                 decoder.register_forward_pre_hook(enter, prepend=True),
                 decoder.register_forward_pre_hook(leave),
             ]
-        else:
+        if where == "layers":
             handles = [
                 decoder.layers[0].register_forward_pre_hook(enter, prepend=True),
                 base.register_forward_hook(leave),
@@ -144,6 +147,22 @@ def test_no_reads_between_layers(
     assert found == []
 
 
+@pytest.mark.parametrize("called", ["forward", "generate"])
+def test_reads_of_a_prompt(model: Any, family: Family, called: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the image tokens are, once; and once the grids of images of any size, where they come with the pixels."""
+    with lightvlm.attach(model, lightvlm_plan()) as run, counted_reads(model, monkeypatch, "prompt") as found:
+        if called == "generate":
+            generate(model, family.batch(ROWS), 2)
+        else:
+            with torch.no_grad():
+                model(**prompt(family, ROWS))
+    # __bool__: whether there are image tokens at all, which the host knows by then
+    layout, grids = ["cpu", "__bool__", "_local_scalar_dense"], ["tolist"] * (family is QWEN)
+    # generate() of newer transformers has encoded the images by then, and brings no grids
+    assert found == layout + grids or (called == "generate" and found == layout)
+    assert run.report().prefills == len(ROWS)
+
+
 @pytest.mark.parametrize("keep", ["offload", "quantize"])
 def test_a_transcript_reads_nothing(
     model: Any, family: Family, keep: str, monkeypatch: pytest.MonkeyPatch
@@ -152,7 +171,7 @@ def test_a_transcript_reads_nothing(
     cache = DecodeCompaction(keep=0.2, interval=3, sinks=1, recent=4, rows=3)
     plan = lightvlm.Plan(prefill=lightvlm_plan().prefill, cache=cache, keep_for_later=keep)  # type: ignore[arg-type]
     with lightvlm.attach(model, plan) as run:
-        with counted_reads(model, monkeypatch, hooks_only=True) as found:
+        with counted_reads(model, monkeypatch, where="hooks") as found:
             generate(model, family.batch(ROWS), 10, num_beams=2)
         assert found == []
         # whether there is padding among a question's tokens is asked once before it is read, so only here not counted
@@ -176,7 +195,7 @@ def test_reads_of_the_hooks_are_counted(llava: Any, monkeypatch: pytest.MonkeyPa
         add(self, ids, *args)
 
     monkeypatch.setattr(Transcript, "add", reading)
-    with lightvlm.attach(llava, lightvlm_plan()), counted_reads(llava, monkeypatch, hooks_only=True) as found:
+    with lightvlm.attach(llava, lightvlm_plan()), counted_reads(llava, monkeypatch, where="hooks") as found:
         generate(llava, LLAVA.batch(ROWS[:1]), 3)
     assert found.count("item") == 3
 

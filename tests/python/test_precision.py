@@ -305,7 +305,7 @@ def test_a_prompt_is_never_in_16_bits_in_more_than_one_layer(model: Any, prefill
     whole: list[list[int]] = []
 
     def look(module: Any, args: Any, kwargs: Any) -> None:
-        cache = run._cache
+        cache = run._forward.cache
         filled = [index for index, layer in enumerate(cache.layers) if layer.is_initialized]
         whole.append([index for index in filled if cache.layers[index].packed is None])
 

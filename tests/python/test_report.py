@@ -179,10 +179,10 @@ def test_text_of_a_report() -> None:
 
 def test_device_errors_are_kept(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading them clears them, so a report remembers what the ones before it found."""
-    import lightvlm_ext
+    from lightvlm import runtime
 
     found = [["cuda:0: select: first"], [], ["cuda:0: select: second"]]
-    monkeypatch.setattr(lightvlm_ext, "device_errors", lambda: found.pop(0) if found else [])
+    monkeypatch.setattr(runtime, "device_errors", lambda: found.pop(0) if found else [])
     with lightvlm.attach(llava, lightvlm_plan()) as run:
         assert run.report().errors == ["cuda:0: select: first"]
         assert run.report().errors == ["cuda:0: select: first"]

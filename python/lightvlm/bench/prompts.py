@@ -58,8 +58,7 @@ class Prompts:
         rows: list[Runs] = []
         for inputs in batches:
             is_image = torch.isin(inputs["input_ids"].cpu(), ids)
-            sizes = adapter.image_sizes(inputs)
-            grids = adapter.image_grids(inputs, sizes)
+            sizes, grids = adapter.image_shapes(inputs)
             layout = read_layout(is_image, inputs["attention_mask"].cpu().bool(), sizes, grids)
             rows += [row.runs for row in layout.rows]
         return cls(adapter, rows)

@@ -45,6 +45,12 @@ def modules_at(tower: nn.Module, paths: tuple[str, ...], attention: str) -> list
     raise ValueError(f"plan reads the vision tower, but a {type(tower).__name__} has its layers elsewhere")
 
 
+def _square(size: int) -> Grid | None:
+    """Grid of an image of so many tokens, if it can be a square."""
+    side = math.isqrt(size)
+    return (1, side, side) if side * side == size else None
+
+
 class Adapter:
     """Access to the parts of one VLM.
 
@@ -83,27 +89,23 @@ class Adapter:
         """Ids of the placeholder tokens that stand for image or video features."""
         return (int(self.model.config.image_token_id),)
 
-    def image_sizes(self, inputs: dict[str, Any]) -> list[int] | None:
-        """Tokens of each image, in reading order, or None where
-        every stretch of placeholders is one image."""
+    def image_shapes(self, inputs: dict[str, Any]) -> tuple[list[int] | None, list[Grid | None] | None]:
+        """Tokens of each image, in reading order, and its (frames, height, width) in tokens where that is known.
+
+        No sizes: every stretch of placeholders is one image. A family that has to ask the device does so once.
+        """
         encoded = self.encoded(inputs)
-        if encoded:  # generate() runs the vision tower first: its outputs know their sizes best
-            # images and videos mixed: their order is in the prompt, not in the features
-            return [int(image.shape[0]) for image in encoded[0].pooler_output] if len(encoded) == 1 else None
-        return self.pixel_sizes(inputs)
+        sizes = self.encoded_sizes(encoded) if encoded else self.pixel_sizes(inputs)
+        return sizes, None if sizes is None else [_square(size) for size in sizes]
+
+    def encoded_sizes(self, encoded: list[Any]) -> list[int] | None:
+        """Tokens of each image that generate() has encoded: the vision tower's outputs know their sizes best."""
+        # images and videos mixed: their order is in the prompt, not in the features
+        return [int(image.shape[0]) for image in encoded[0].pooler_output] if len(encoded) == 1 else None
 
     def pixel_sizes(self, inputs: dict[str, Any]) -> list[int] | None:
-        """:meth:`image_sizes` of a call that brings pixels."""
+        """Tokens of each image of a call that brings pixels."""
         return None
-
-    def image_grids(self, inputs: dict[str, Any], sizes: list[int] | None) -> list[Grid | None] | None:
-        """(frames, height, width) of each image in tokens, in the order of ``sizes``; None where it is not known."""
-        if sizes is None:
-            return None
-        sides = [math.isqrt(size) for size in sizes]
-        return [
-            (1, side, side) if side * side == size else None for side, size in zip(sides, sizes, strict=True)
-        ]
 
     def rotary_tables(self, hidden: Tensor, positions: Tensor) -> Any:
         """What the decoder's layers get as position_embeddings for tokens at positions (B, S) or (axes, B, S)."""

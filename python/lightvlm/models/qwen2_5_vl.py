@@ -24,21 +24,21 @@ class Qwen2_5_VL(Adapter):
         config = self.model.config
         return (int(config.image_token_id), int(config.video_token_id))
 
-    def image_grids(self, inputs: dict[str, Any], sizes: list[int] | None) -> list[Grid | None] | None:
+    def image_shapes(self, inputs: dict[str, Any]) -> tuple[list[int] | None, list[Grid | None] | None]:
         # generate() takes the grids away once it has encoded the pictures; then the positions tell them
-        present = self._token_grids(inputs)
-        return None if sizes is None or present is None else [*present]
+        grids, encoded = self._token_grids(inputs), self.encoded(inputs)
+        if encoded:
+            sizes = self.encoded_sizes(encoded)
+        else:
+            sizes = None if grids is None else [math.prod(grid) for grid in grids]
+        return sizes, None if sizes is None or grids is None else [*grids]
 
     def rotary_tables(self, hidden: Tensor, positions: Tensor) -> Any:
         axes = positions if positions.dim() == 3 else positions[None]
         return self.decoder.rotary_emb(hidden, axes.expand(3, -1, -1))
 
-    def pixel_sizes(self, inputs: dict[str, Any]) -> list[int] | None:
-        grids = self._token_grids(inputs)
-        return None if grids is None else [math.prod(grid) for grid in grids]
-
     def _token_grids(self, inputs: dict[str, Any]) -> list[Grid] | None:
-        """The grids that come with pixels, in tokens."""
+        """The grids that come with pixels, in tokens; reads the device."""
         grids = [inputs.get("image_grid_thw"), inputs.get("video_grid_thw")]
         present = [grid for grid in grids if grid is not None]
         if len(present) != 1:  # images and videos mixed: their order is in the prompt, not in the grids
