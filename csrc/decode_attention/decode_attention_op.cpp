@@ -74,9 +74,10 @@ void set_query(const Tensor& query, const Tensor& out, const Tensor& lse,
     params->lse = lse.mutable_data_ptr<float>();
 }
 
-const int32_t* positions(const std::optional<Tensor>& tensor, const std::string& name,
+const int32_t* positions(const std::optional<Tensor>& tensor, int64_t segment, const char* of,
                          const Tensor& query) {
     if (!tensor.has_value()) return nullptr;
+    const std::string name = field(segment, of);
     check_dtype(*tensor, name.c_str(), ScalarType::Int);
     check_shape(*tensor, name.c_str(), {query.size(0)});
     check_device(*tensor, name.c_str(), query);
@@ -138,9 +139,10 @@ void set_rows(const Tensor& key, const Tensor& value, int64_t token_dim, int64_t
 }
 
 void check_sizes(int64_t tokens, int64_t heads, int64_t number, DecodeAttentionParams* params) {
+    if (number == 0) params->key_heads = heads;
+    if (tokens <= kMaxInt32 && heads == params->key_heads) return;  // spares making the names
     check(tokens <= kMaxInt32, field(number, "key"), ": has ", tokens, " tokens, at most ",
           kMaxInt32);
-    if (number == 0) params->key_heads = heads;
     check(heads == params->key_heads, field(number, "key"), ": has ", heads, " heads, must have ",
           params->key_heads, " as segments[0]");
 }
@@ -243,7 +245,7 @@ void set_dense(const Tensor& query, const Tensor& key, const Tensor& value,
                {key.size(0), key.size(1), params->key_heads, params->head_dim},
                query.scalar_type());
     set_rows(key, value, 1, 2, &segment);
-    segment.leftpad = positions(leftpad, field(number, "leftpad"), query);
+    segment.leftpad = positions(leftpad, number, "leftpad", query);
 }
 
 void set_packed(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -329,7 +331,7 @@ void decode_attention_op(
     check_optional(value_token, segments, "value_token");
     const PackedFields fields{bits, block, key_scale, key_zero, value_channel, value_token};
     for (int64_t s = 0; s < params.segments; ++s) {
-        params.segment[s].lens = positions(entry(lens, s), field(s, "lens"), query);
+        params.segment[s].lens = positions(entry(lens, s), s, "lens", query);
         const auto& pad = entry(leftpad, s);
         const auto& table = entry(block_table, s);
         if (bits[s] == 0) {

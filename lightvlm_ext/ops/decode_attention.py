@@ -87,7 +87,13 @@ def decode_dense(
     """decode_attention over one KVSegment, for callers that have checked their arguments: at every token the wrapper's
     own checks would cost as much as 150 keys. The op itself checks whatever memory depends on."""
     of_rows = (_listed(lens), _listed(leftpad), _listed(block_table))
-    return _run(DecodeArgs(query, scale, [key], [value], [0], [0], *of_rows))
+    if not query.is_cpu or _library.is_emulated():
+        return _run(DecodeArgs(query, scale, [key], [value], [0], [0], *of_rows))
+    out, lse = _results(query)
+    none: list[torch.Tensor] = []
+    rest = (none, none, none, none, scale, none, none, out, lse, None, None, None)
+    _library.op("decode_attention")(query, [key], [value], [0], [0], *of_rows, *rest)
+    return out, lse
 
 
 def _listed(value: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -97,9 +103,7 @@ def _listed(value: torch.Tensor | None) -> list[torch.Tensor | None]:
 def _run(args: DecodeArgs) -> tuple[torch.Tensor, torch.Tensor]:
     device = args.query.device
     _library.check_backend(device)
-    batch, _, heads, _ = args.query.shape
-    out = torch.empty_like(args.query, memory_format=torch.contiguous_format)
-    lse = args.query.new_empty((batch, heads, 1), dtype=torch.float32)
+    out, lse = _results(args.query)
     buffers = _device_buffers(args)
     _library.op("decode_attention")(
         args.query,
@@ -124,6 +128,12 @@ def _run(args: DecodeArgs) -> tuple[torch.Tensor, torch.Tensor]:
     if buffers[-1] is not None:
         _errors.check_now("decode_attention", device)
     return out, lse
+
+
+def _results(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, _, heads, _ = query.shape
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    return out, query.new_empty((batch, heads, 1), dtype=torch.float32)
 
 
 def _device_buffers(args: DecodeArgs) -> tuple[torch.Tensor | None, ...]:

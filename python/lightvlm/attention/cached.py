@@ -83,7 +83,7 @@ def _write(call: Call, new: NewTokens) -> None:
         rows = steps[: 1 if new.at_once else call.query.shape[1]]
         key = rotate(key, new.cos, new.sin, first + steps[: key.shape[1]], new.interleaved)
         call.query = rotate(call.query, new.cos, new.sin, first + rows, new.interleaved)
-    clip = key.device.type != "cpu"
+    clip = not key.is_cpu
     append_((call.key, call.value), (key, new.value), lens, call.batch_idx, call.block_table, clip=clip)
     call.lens, call.new = call.ends(), None
 

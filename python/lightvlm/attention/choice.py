@@ -110,7 +110,7 @@ def choose(call: Call) -> Backend:
     if asked is not None:
         candidates: tuple[Backend, ...] = tuple(one for one in TABLE if one.name == asked)
     else:
-        candidates = TABLE if call.query.device.type != "cpu" else _ON_CPU
+        candidates = _ON_CPU if call.query.is_cpu else TABLE
     for backend in candidates:
         if backend.why_not(call) is None:
             return backend

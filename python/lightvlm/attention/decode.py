@@ -32,7 +32,7 @@ class Decode:
     def why_not(self, call: Call) -> str | None:
         if call.packed or call.query.shape[1] != 1:
             return "takes one query token a row"
-        if call.query.device.type not in ("cpu", "cuda"):
+        if not (call.query.is_cpu or call.query.is_cuda):
             return f"runs on a CPU and on CUDA, and query is on {call.query.device}"
         if call.softcap > 0:
             return "has no softcap"

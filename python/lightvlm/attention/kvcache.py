@@ -72,8 +72,9 @@ def flash_attn_with_kvcache(
     arguments.check_flags(rotary_interleaved=rotary_interleaved, return_softmax_lse=return_softmax_lse)
     splits = _checks.integer(num_splits, "num_splits", 0)
     batch, rows = q.shape[:2]
-    for cache, name in ((k_cache, "k_cache"), (v_cache, "v_cache")):
-        _checks.last_contiguous(cache, name)
+    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        _checks.last_contiguous(k_cache, "k_cache")
+        _checks.last_contiguous(v_cache, "v_cache")
     if block_table is not None:
         if isinstance(block_table, Tensor) and block_table.stride()[-1:] != (1,):
             block_table = block_table.contiguous()
@@ -101,7 +102,7 @@ def flash_attn_with_kvcache(
     probes = arguments.probes_of(importance_window, q, batch)
     check_rows(None if probes is None else probes.rows, rows)
     # flash-attn takes a window that is wider than the cache for none
-    at_once = not (causal or any(0 <= side < capacity for side in window_size))
+    at_once = not causal and not any(0 <= side < capacity for side in window_size)
     out, lse, rotated = cached.attend(
         q,
         k_cache,
@@ -202,7 +203,8 @@ def _lengths(seqlens: object, q: Tensor, batch: int, new: int, capacity: int) ->
         if length + new > capacity:
             raise ValueError(no_room(f"got {length}", new, capacity))
         return torch.full((batch,), length, dtype=torch.int32, device=q.device)
-    _check_ints(q, batch, cache_seqlens=seqlens)
+    if seqlens.dtype != torch.int32 or seqlens.shape != (batch,) or seqlens.device != q.device:
+        _check_ints(q, batch, cache_seqlens=seqlens)
     return seqlens
 
 

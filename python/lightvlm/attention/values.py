@@ -21,7 +21,7 @@ def check_values(call: Call) -> None:
     Raises:
         ValueError: named as the arguments of flash-attn's functions.
     """
-    if call.query.device.type != "cpu":
+    if not call.query.is_cpu:
         return
     if call.cu_q is not None and call.cu_k is not None:
         _check_offsets(call.cu_q, "cu_seqlens_q", call.query.shape[0], "q", call.max_q, "max_seqlen_q")
