@@ -143,8 +143,8 @@ LIGHTVLM_TARGET_AVX512 void value_dense(const Span& span, const SpanRows<Rows>& 
 #pragma GCC unroll 8
             for (int h = 0; h < kHeads; ++h) sums[h][0] = sums[h][1] = _mm512_setzero_ps();
             for (int n = begin; n < end; ++n) {
-#pragma GCC unroll 2
-                for (int64_t lines = 0; lines < kSize / 2; ++lines) ahead.step();
+                ahead.step();
+                if (kSize == 4 && second) ahead.step();  // not past the row: a list would end
                 const char* row = rows.value[n] + d * kSize;
                 const __m512 a = Widen<T>::row(0xffff, row);
                 const __m512 b = Widen<T>::row(second, row + 16 * kSize);

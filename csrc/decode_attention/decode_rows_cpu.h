@@ -1,5 +1,5 @@
-// Rows of a span as the dot-product instructions of AVX-512 want them, which add up the numbers of
-// a dword: bytes or words of one token for scores, the same word of two tokens for values.
+// Rows of a span as AVX-512 wants them. Keys: a dword of 16 tokens in a vector, be it a number or
+// several that a dot-product instruction adds up. Values: the same word of two tokens in a dword.
 #pragma once
 
 #include <cstdint>

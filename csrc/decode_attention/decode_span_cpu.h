@@ -116,7 +116,8 @@ class RowsAhead<StridedRows> {
     int64_t at_ = 0;
 };
 
-// Lists go on for kRowsPast entries after the span's last.
+// Lists go on for kRowsPast entries after the span's last: who fetches must not take more lines
+// than the rows of a span, and of those that fill up its last vectors, have.
 constexpr int kRowsPast = 32;
 
 template <>

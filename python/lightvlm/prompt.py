@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def read_prompt(adapter: Adapter, inputs: dict[str, Any], mask: Tensor | None) -> BatchLayout:
-    """The layout of a call's tokens: the one host read of a prefill.
+    """The layout of a call's tokens: the one host read of a prefill, but for grids that come with Qwen's pixels.
 
     Raises:
         LayoutError: no plan can work on such tokens.

@@ -76,7 +76,7 @@ def check_forward_only(**tensors: Tensor | None) -> None:
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
             raise ValueError(
                 f"{name}: requires grad, but lightvlm's attention has no backward pass; call it under "
                 "torch.no_grad(), or use flash_attn for training"
@@ -173,3 +173,12 @@ def check_table(table: object, query: Tensor, batch: int) -> None:
     _checks.shape(found, "block_table", (batch, "max_blocks"))
     _checks.last_contiguous(found, "block_table")
     _checks.same_device(found, "block_table", query, "q")
+
+
+def check_cu_seqlens(offsets: object, name: str, query: Tensor) -> None:
+    tensor = _checks.tensor(offsets, name)
+    _checks.dtype(tensor, name, torch.int32)
+    _checks.shape(tensor, name, ("B + 1",))
+    if tensor.shape[0] < 1:
+        raise ValueError(f"{name}: is empty, must have B + 1 entries")
+    _checks.same_device(tensor, name, query, "q")

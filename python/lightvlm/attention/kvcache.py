@@ -149,7 +149,7 @@ def _new_tokens(q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None) 
     if k is None or v is None:
         return 0
     if not _fits(q, k_cache, k, v):
-        new = _checks.tensor(k, "k").shape[1] if k.dim() == 4 else "Snew"
+        new = k.shape[1] if _checks.tensor(k, "k").dim() == 4 else "Snew"
         for tensor, name in ((k, "k"), (v, "v")):
             _checks.dtype(_checks.tensor(tensor, name), name, q.dtype)
             _checks.same_device(tensor, name, q, "q")

@@ -7,18 +7,20 @@ from torch import Tensor
 
 from lightvlm_ext import _checks
 
-from .arguments import check_flags, check_forward_only
+from .arguments import check_cu_seqlens, check_flags, check_forward_only
+from .values import check_offsets
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
-    """x (B, S, H, D) with its first R channels rotated; a new tensor, computed in fp32 (RoFormer, arXiv 2104.09864).
+    """x (..., H, D) with its first R channels rotated; a new tensor, computed in fp32 (RoFormer, arXiv 2104.09864).
 
-    cos, sin: (positions there are, R / 2).   positions: (B, S), or (B, 1) where all rows stand at one.
+    cos, sin: (positions there are, R / 2).   positions: x's without H and D, or what broadcasts to that; those outside
+    of the tables get the nearest.
     interleaved: channels 2i and 2i + 1 are a pair, otherwise channels i and i + R / 2 (as GPT-NeoX has them).
     """
     half = cos.shape[1]
     at = positions.long().clamp(0, cos.shape[0] - 1)
-    c, s = (table[at].float().unsqueeze(2) for table in (cos, sin))
+    c, s = (table[at].float().unsqueeze(-2) for table in (cos, sin))
     turned, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
     if interleaved:
         first, second = turned[..., ::2], turned[..., 1::2]
@@ -51,7 +53,7 @@ def apply_rotary_emb(
 
     Raises:
         TypeError, ValueError: an argument does not fit, x requires grad (there is no backward pass), or the tables
-            end before the sequence, where the host can tell.
+            end before a sequence. On a GPU, where offsets are not looked at, tokens past the tables stay as they are.
     """
     packed = cu_seqlens is not None
     _checks.shape(_checks.tensor(x, "x"), "x", ("total", "H", "D") if packed else ("B", "S", "H", "D"))
@@ -66,26 +68,36 @@ def apply_rotary_emb(
     if (max_seqlen is None) == packed:
         raise ValueError("max_seqlen: must be given with cu_seqlens, and only with it")
     longest = x.shape[1] if max_seqlen is None else _checks.integer(max_seqlen, "max_seqlen", 0)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, "cu_seqlens", x)
+        if x.is_cpu:
+            check_offsets(cu_seqlens, "cu_seqlens", x.shape[0], "x", longest, "max_seqlen")
     batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     first = 0
     if isinstance(seqlen_offsets, Tensor):
         _checks.shape(seqlen_offsets, "seqlen_offsets", (batch,))
         _checks.same_device(seqlen_offsets, "seqlen_offsets", x, "x")
+        _checks.dtype(seqlen_offsets, "seqlen_offsets", torch.int32, torch.int64)
         offsets = seqlen_offsets
+        if x.is_cpu and batch:
+            low, first = (int(end) for end in offsets.aminmax())
+            if low < 0:
+                raise ValueError(f"seqlen_offsets: has {low}, must be at least 0")
     else:
         first = _checks.integer(seqlen_offsets, "seqlen_offsets", 0)
         offsets = torch.full((batch,), first, device=x.device)
     if first + longest > cos.shape[0]:
         raise ValueError(f"cos: has {cos.shape[0]} positions, must have at least {first + longest}")
     if cu_seqlens is None:
-        steps = torch.arange(longest, device=x.device)
-        out = rotate(x, cos, sin, offsets[:, None] + steps, bool(interleaved))
+        position = offsets[:, None] + torch.arange(longest, device=x.device)
     else:
         token = torch.arange(x.shape[0], device=x.device)
         row = torch.searchsorted(cu_seqlens, token, right=True) - 1  # -1 and batch: outside of all
         within = (row >= 0) & (row < batch)
         row = row.clamp(0, max(batch - 1, 0))
-        position = token - cu_seqlens[row] + offsets[row] if batch else token
-        turned = rotate(x[None], cos, sin, position[None], bool(interleaved))[0]
-        out = torch.where(within[:, None, None], turned, x)
+        position = (
+            torch.where(within, token - cu_seqlens[row] + offsets[row], -1) if batch else token - x.shape[0]
+        )
+    turned = rotate(x, cos, sin, position, bool(interleaved))
+    out = torch.where(((position >= 0) & (position < cos.shape[0]))[..., None, None], turned, x)
     return x.copy_(out) if inplace else out

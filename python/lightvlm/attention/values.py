@@ -24,9 +24,9 @@ def check_values(call: Call) -> None:
     if not call.query.is_cpu:
         return
     if call.cu_q is not None and call.cu_k is not None:
-        _check_offsets(call.cu_q, "cu_seqlens_q", call.query.shape[0], "q", call.max_q, "max_seqlen_q")
+        check_offsets(call.cu_q, "cu_seqlens_q", call.query.shape[0], "q", call.max_q, "max_seqlen_q")
         room = call.key.shape[0] if call.block_table is None else None
-        _check_offsets(call.cu_k, "cu_seqlens_k", room, "k", call.max_k, "max_seqlen_k")
+        check_offsets(call.cu_k, "cu_seqlens_k", room, "k", call.max_k, "max_seqlen_k")
         if call.block_table is not None:
             _check_pages(call.block_table, call.key, call.cu_k.diff().tolist(), "cu_seqlens_k")
     elif not call.dense:
@@ -47,9 +47,15 @@ def check_rows(rows: Tensor | None, length: int) -> None:
         raise ValueError(f"importance_window: has row {wrong}, must be in [-{length}, {length})")
 
 
-def _check_offsets(
+def check_offsets(
     offsets: Tensor, name: str, room: int | None, of: str, longest: int, longest_name: str
 ) -> None:
+    """On a CPU: (B + 1,) offsets ascend, no sequence is longer than said, and all lie in the room that there is (None:
+    anywhere).
+
+    Raises:
+        ValueError: with the names of the arguments.
+    """
     numbers = offsets.tolist()
     for row, (begin, end) in enumerate(itertools.pairwise(numbers)):
         if not 0 <= begin <= end:

@@ -55,8 +55,8 @@ def flash_attn_varlen_func(
     arguments.check_forward_only(q=q, k=k, v=v)
     arguments.check_no_dropout(dropout_p)
     arguments.check_flags(deterministic=deterministic, return_attn_probs=return_attn_probs)
-    _check_offsets(cu_seqlens_q, "cu_seqlens_q", q)
-    _check_offsets(cu_seqlens_k, "cu_seqlens_k", q)
+    arguments.check_cu_seqlens(cu_seqlens_q, "cu_seqlens_q", q)
+    arguments.check_cu_seqlens(cu_seqlens_k, "cu_seqlens_k", q)
     batch = cu_seqlens_q.shape[0] - 1
     _checks.shape(cu_seqlens_k, "cu_seqlens_k", (batch + 1,))
     max_q = _longest(max_seqlen_q, "max_seqlen_q")
@@ -172,12 +172,3 @@ def _longest(length: object, name: str) -> int:
     if isinstance(length, Tensor) and length.dim() == 0 and length.dtype in (torch.int32, torch.int64):
         length = int(length)
     return _checks.integer(length, name, 0)
-
-
-def _check_offsets(offsets: object, name: str, query: Tensor) -> None:
-    tensor = _checks.tensor(offsets, name)
-    _checks.dtype(tensor, name, torch.int32)
-    _checks.shape(tensor, name, ("B + 1",))
-    if tensor.shape[0] < 1:
-        raise ValueError(f"{name}: is empty, must have B + 1 entries")
-    _checks.same_device(tensor, name, query, "q")

@@ -225,13 +225,15 @@ def test_bad_calls() -> None:
     q, k, v = (torch.randn(2, 1, heads, WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
     cos = torch.randn(CAPACITY, 8)
 
-    def refused(message: str, *new: Tensor, error: type[Exception] = ValueError, **options: Any) -> None:
+    def refused(message: str, *new: Any, error: type[Exception] = ValueError, **options: Any) -> None:
         before = [cache.clone() for cache in stored]
         with pytest.raises(error, match=message):
             fa.flash_attn_with_kvcache(q, *stored, *new, **options)
         assert all(torch.equal(a, b) for a, b in zip(stored, before, strict=True))
 
     refused("v: is None, must be given where", k, cache_seqlens=1)
+    refused("k: got ndarray, must be a torch.Tensor", k.numpy(), v, error=TypeError, cache_seqlens=1)
+    refused("v: got ndarray, must be a torch.Tensor", k, v.numpy(), error=TypeError, cache_seqlens=1)
     refused("cache_seqlens: is None, must say where k and v", k, v)
     refused("cache_seqlens: has dtype int64, must be int32", error=TypeError, cache_seqlens=ints(1, 1).long())
     refused(r"cache_seqlens: has shape \(3,\), must be \(2,\)", cache_seqlens=ints(1, 1, 1))

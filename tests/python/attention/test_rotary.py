@@ -91,6 +91,13 @@ def test_packed(lengths: list[int], outside: int, interleaved: bool, inplace: bo
         assert torch.equal(found[part], before[part])
 
 
+def ends(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+PACKED: dict[str, Any] = {"x": torch.randn(5, 2, 16), "max_seqlen": 5}
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -100,8 +107,20 @@ def test_packed(lengths: list[int], outside: int, interleaved: bool, inplace: bo
         ({"sin": torch.randn(6, 4)}, ValueError, r"sin: has shape \(6, 4\), must be \(6, 8\)"),
         ({"seqlen_offsets": 2}, ValueError, "cos: has 6 positions, must have at least 7"),
         ({"seqlen_offsets": -1}, ValueError, "seqlen_offsets: got -1, must be >= 0"),
-        ({"seqlen_offsets": torch.zeros(2)}, ValueError, r"seqlen_offsets: has shape \(2,\), must be \(1,\)"),
+        (
+            {"seqlen_offsets": torch.zeros(2).int()},
+            ValueError,
+            r"seqlen_offsets: has shape \(2,\), must be \(1,\)",
+        ),
+        ({"seqlen_offsets": torch.tensor([2])}, ValueError, "cos: has 6 positions, must have at least 7"),
+        ({"seqlen_offsets": torch.tensor([-1])}, ValueError, "seqlen_offsets: has -1, must be at least 0"),
+        ({"seqlen_offsets": torch.zeros(1)}, TypeError, "seqlen_offsets: has dtype float32, must be int32"),
         ({"max_seqlen": 5}, ValueError, "max_seqlen: must be given with cu_seqlens, and only with it"),
+        (PACKED | {"cu_seqlens": [0, 5]}, TypeError, "cu_seqlens: got list, must be a torch.Tensor"),
+        (PACKED | {"cu_seqlens": ends(0, 6)}, ValueError, "max_seqlen: got 5, must be at least 6"),
+        (PACKED | {"cu_seqlens": ends(3, 6)}, ValueError, "cu_seqlens: ends at 6, must be at most 5"),
+        (PACKED | {"cu_seqlens": ends()}, ValueError, "cu_seqlens: is empty"),
+        (PACKED | {"cu_seqlens": ends(0, 5).long()}, TypeError, "cu_seqlens: has dtype int64, must be int32"),
         ({"inplace": "yes"}, TypeError, "inplace: got str, must be a bool"),
         ({"cos": None}, TypeError, "cos: got NoneType, must be a torch.Tensor"),
     ],
