@@ -351,7 +351,7 @@ def test_the_hooks_read_nothing(pair: tuple[Family, Any], keep: Any, monkeypatch
     family, model = pair
     plan = lightvlm.Plan(prefill=Spy(), keep_for_later=keep)
     with torch.no_grad(), lightvlm.attach(model, plan) as run:
-        with counted_reads(model, monkeypatch, hooks_only=True) as found:
+        with counted_reads(model, monkeypatch, where="hooks") as found:
             generate(model, family.batch(ROWS), 3, num_beams=2)
         assert found == []
         # whether there is padding among a question's tokens is asked once before it is read, so only here not counted
