@@ -89,7 +89,7 @@ def decode_dense(
     of_rows = (_listed(lens), _listed(leftpad), _listed(block_table))
     if not query.is_cpu or _library.is_emulated():
         return _run(DecodeArgs(query, scale, [key], [value], [0], [0], *of_rows))
-    out, lse = _results(query)
+    out, lse = _results(query)  # as _run() with the fields of packed segments left out, and no device to tell
     none: list[torch.Tensor] = []
     rest = (none, none, none, none, scale, none, none, out, lse, None, None, None)
     _library.op("decode_attention")(query, [key], [value], [0], [0], *of_rows, *rest)

@@ -176,6 +176,7 @@ def check_table(table: object, query: Tensor, batch: int) -> None:
 
 
 def check_cu_seqlens(offsets: object, name: str, query: Tensor) -> None:
+    """(B + 1,) int32, at least one number, on query's device; what they say is checked elsewhere (`values.py`)."""
     tensor = _checks.tensor(offsets, name)
     _checks.dtype(tensor, name, torch.int32)
     _checks.shape(tensor, name, ("B + 1",))

@@ -91,13 +91,19 @@ def apply_rotary_emb(
     if cu_seqlens is None:
         position = offsets[:, None] + torch.arange(longest, device=x.device)
     else:
-        token = torch.arange(x.shape[0], device=x.device)
-        row = torch.searchsorted(cu_seqlens, token, right=True) - 1  # -1 and batch: outside of all
-        within = (row >= 0) & (row < batch)
-        row = row.clamp(0, max(batch - 1, 0))
-        position = (
-            torch.where(within, token - cu_seqlens[row] + offsets[row], -1) if batch else token - x.shape[0]
-        )
+        position = _packed_positions(x.shape[0], cu_seqlens, offsets)
     turned = rotate(x, cos, sin, position, bool(interleaved))
     out = torch.where(((position >= 0) & (position < cos.shape[0]))[..., None, None], turned, x)
     return x.copy_(out) if inplace else out
+
+
+def _packed_positions(tokens: int, cu_seqlens: Tensor, offsets: Tensor) -> Tensor:
+    """(tokens,) position of each packed token, -1 outside of all sequences. Nothing is read from the device."""
+    token = torch.arange(tokens, device=cu_seqlens.device)
+    batch = offsets.shape[0]
+    if batch == 0:
+        return torch.full_like(token, -1)
+    row = torch.searchsorted(cu_seqlens, token, right=True) - 1  # -1 and batch: outside of all
+    within = (row >= 0) & (row < batch)
+    row = row.clamp(0, batch - 1)
+    return torch.where(within, token - cu_seqlens[row] + offsets[row], -1)
