@@ -1,6 +1,7 @@
 // Softmax of a span, in units of log2, before it is known what the other spans have.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -67,6 +68,42 @@ LIGHTVLM_INLINE void softmax_row(float* s, int padded, float* highest, float* su
 
 #if defined(__x86_64__)
 
+// The same, eight at a time.
+LIGHTVLM_TARGET_AVX2 inline void softmax_row_avx2(float* s, int padded, float* highest,
+                                                  float* sum) {
+    constexpr float kHidden = -std::numeric_limits<float>::infinity();
+    __m256 most = _mm256_set1_ps(kHidden);
+    // Of max's operands the second wins where one is a NaN.
+    for (int n = 0; n < padded; n += 8) most = _mm256_max_ps(_mm256_loadu_ps(s + n), most);
+    alignas(32) float lanes[8];
+    _mm256_store_ps(lanes, most);
+    const float top = *std::max_element(lanes, lanes + 8);
+    *highest = top;
+    const __m256 shift = _mm256_set1_ps(top > kHidden ? top : 0.0f);
+    const __m256 low = _mm256_set1_ps(-126.0f);
+    __m256 total = _mm256_setzero_ps();
+    for (int n = 0; n < padded; n += 8) {
+        const __m256 x = _mm256_sub_ps(_mm256_loadu_ps(s + n), shift);
+        const __m256 too_low = _mm256_cmp_ps(x, low, _CMP_LT_OQ);
+        const __m256i whole = _mm256_cvtps_epi32(_mm256_max_ps(low, x));
+        const __m256 r = _mm256_sub_ps(x, _mm256_cvtepi32_ps(whole));
+        __m256 y = _mm256_set1_ps(kExp2[6]);
+        for (int i = 5; i >= 0; --i) y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(kExp2[i]));
+        // A NaN in y stays one, whatever the power is.
+        const __m256i power =
+            _mm256_slli_epi32(_mm256_add_epi32(whole, _mm256_set1_epi32(127)), 23);
+        y = _mm256_mul_ps(y, _mm256_castsi256_ps(power));
+        y = _mm256_andnot_ps(too_low, y);
+        _mm256_storeu_ps(s + n, y);
+        total = _mm256_add_ps(total, y);
+    }
+    _mm256_store_ps(lanes, total);
+    for (int half = 4; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    }
+    *sum = lanes[0];
+}
+
 // The same with the instructions that AVX-512 has for it; no need to keep off subnormal numbers.
 LIGHTVLM_TARGET_AVX512 inline void softmax_row_avx512(float* s, int padded, float* highest,
                                                       float* sum) {
@@ -106,6 +143,10 @@ struct SpanSoftmax {
 #if defined(__x86_64__)
             if constexpr (level >= CpuLevel::kAvx512) {
                 softmax_row_avx512(s, padded, highest + h, sum + h);
+                continue;
+            }
+            if constexpr (level == CpuLevel::kAvx2) {
+                softmax_row_avx2(s, padded, highest + h, sum + h);
                 continue;
             }
 #endif
