@@ -5,6 +5,7 @@ if(NOT LIGHTVLM_OPS)
     set(LIGHTVLM_OPS
         compaction/compact_kv
         compaction/compact_paged_kv
+        decode_attention/append_attend
         decode_attention/decode_attention
         importance/importance
         merging/gather_tokens

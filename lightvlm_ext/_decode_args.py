@@ -60,16 +60,7 @@ def check_decode(
     dtypes: tuple[torch.dtype, ...] = _checks.FLOATING,
 ) -> DecodeArgs:
     """The arguments of decode_attention, with the default scale; see ops.decode_attention for them."""
-    query = _checks.tensor(query, "query")
-    _checks.dtype(query, "query", *dtypes)
-    _checks.shape(query, "query", ("B", 1, "Hq", "D"))
-    width = query.shape[3]
-    if width not in PACKED_HEAD_DIMS:
-        supported = ", ".join(str(d) for d in PACKED_HEAD_DIMS)
-        raise ValueError(f"query: has head width {width}, must be one of {supported}")
-    _checks.last_contiguous(query, "query")
-    args = DecodeArgs(query, width**-0.5 if scale is None else _checks.real(scale, "scale"))
-
+    args = _of_query(query, scale, dtypes)
     if not isinstance(segments, Sequence):
         raise TypeError(f"segments: got {type(segments).__name__}, must be a list of KVSegment and PackedKV")
     if len(segments) > MAX_SEGMENTS:
@@ -79,28 +70,81 @@ def check_decode(
         if isinstance(segment, PackedKV):
             _add_packed(args, check_packed(segment, name), name)
         elif isinstance(segment, KVSegment):
-            _add_dense(args, segment, name)
+            _add_dense(args, segment, f"{name}.")
         else:
             raise TypeError(f"{name}: got {type(segment).__name__}, must be a KVSegment or PackedKV")
-    heads, key_heads = query.shape[2], args.key_heads()
-    if heads < 1 or key_heads < 1 or heads % key_heads:
-        raise ValueError(
-            f"query: has {heads} heads, must be a positive multiple of the segments' heads, {key_heads}"
-        )
+    _check_heads(args)
     if mass is not None:
         _add_mass(args, mass)
     return args
 
 
-def _add_dense(args: DecodeArgs, segment: KVSegment, name: str) -> None:
+def check_append(
+    query: object,
+    key: object,
+    value: object,
+    new_key: object,
+    new_value: object,
+    lens: object,
+    leftpad: object,
+    block_table: object,
+    scale: object,
+    *,
+    dtypes: tuple[torch.dtype, ...] = _checks.FLOATING,
+) -> DecodeArgs:
+    """The arguments of append_attend_, but for the new tokens; see ops.append_attend_ for them."""
+    args = _of_query(query, scale, dtypes)
+    _add_dense(args, KVSegment(key, value, lens, leftpad, block_table), "")  # type: ignore[arg-type]
+    _check_heads(args)
+    if (new_key is None) != (new_value is None):
+        missing = "new_key" if new_key is None else "new_value"
+        raise ValueError(f"{missing}: is None, must be given where the other of new_key and new_value is")
+    if new_key is None:
+        return args
+    batch, _, _, width = args.query.shape
+    first = _checks.tensor(new_key, "new_key")
+    added = first.shape[1] if first.dim() == 4 else "T"
+    for given, name in ((new_key, "new_key"), (new_value, "new_value")):
+        tensor = _checks.tensor(given, name)
+        _checks.dtype(tensor, name, args.query.dtype)
+        _checks.shape(tensor, name, (batch, added, args.key_heads(), width))
+        _checks.same_device(tensor, name, args.query, "query")
+        _checks.last_contiguous(tensor, name)
+    if args.lens[0] is None and added:
+        raise ValueError("lens: is None, must say where new tokens are to be written")
+    return args
+
+
+def _of_query(query: object, scale: object, dtypes: tuple[torch.dtype, ...]) -> DecodeArgs:
+    query = _checks.tensor(query, "query")
+    _checks.dtype(query, "query", *dtypes)
+    _checks.shape(query, "query", ("B", 1, "Hq", "D"))
+    width = query.shape[3]
+    if width not in PACKED_HEAD_DIMS:
+        supported = ", ".join(str(d) for d in PACKED_HEAD_DIMS)
+        raise ValueError(f"query: has head width {width}, must be one of {supported}")
+    _checks.last_contiguous(query, "query")
+    return DecodeArgs(query, width**-0.5 if scale is None else _checks.real(scale, "scale"))
+
+
+def _check_heads(args: DecodeArgs) -> None:
+    heads, key_heads = args.query.shape[2], args.key_heads()
+    if heads < 1 or key_heads < 1 or heads % key_heads:
+        raise ValueError(
+            f"query: has {heads} heads, must be a positive multiple of the key heads, {key_heads}"
+        )
+
+
+def _add_dense(args: DecodeArgs, segment: KVSegment, prefix: str) -> None:
+    """prefix: of the names of the segment's fields."""
     if not (segment.block_table is None and _fits(args, segment.key, segment.value)):
-        _check_dense(args, segment, name)
+        _check_dense(args, segment, prefix)
     args.key.append(segment.key)
     args.value.append(segment.value)
     args.bits.append(0)
     args.block.append(0)
-    args.lens.append(_positions(segment.lens, name, "lens", args.query))
-    args.leftpad.append(_positions(segment.leftpad, name, "leftpad", args.query))
+    args.lens.append(_positions(segment.lens, f"{prefix}lens", args.query))
+    args.leftpad.append(_positions(segment.leftpad, f"{prefix}leftpad", args.query))
     args.block_table.append(segment.block_table)
     for of_channel in (args.key_scale, args.key_zero, args.value_channel, args.value_token):
         of_channel.append(None)
@@ -119,21 +163,21 @@ def _fits(args: DecodeArgs, key: object, value: object) -> bool:
     return alike and rows and shape[1] <= _checks.INT32_MAX and shape[2] == heads
 
 
-def _check_dense(args: DecodeArgs, segment: KVSegment, name: str) -> None:
+def _check_dense(args: DecodeArgs, segment: KVSegment, prefix: str) -> None:
     query = args.query
-    key = _checks.tensor(segment.key, f"{name}.key")
-    value = _checks.tensor(segment.value, f"{name}.value")
+    key = _checks.tensor(segment.key, f"{prefix}key")
+    value = _checks.tensor(segment.value, f"{prefix}value")
     table = segment.block_table
     if table is None:
-        _checks.shape(key, f"{name}.key", (query.shape[0], "N", "Hkv", query.shape[3]))
+        _checks.shape(key, f"{prefix}key", (query.shape[0], "N", "Hkv", query.shape[3]))
     else:
-        table = _block_table(table, f"{name}.block_table", query)
-        _checks.shape(key, f"{name}.key", ("P", "page_size", "Hkv", query.shape[3]))
-        _check_pages(key, f"{name}.key")
+        table = _block_table(table, f"{prefix}block_table", query)
+        _checks.shape(key, f"{prefix}key", ("P", "page_size", "Hkv", query.shape[3]))
+        _check_pages(key, f"{prefix}key")
     tokens = key.shape[1] * (1 if table is None else table.shape[1])
-    _check_segment(args, key, f"{name}.key", tokens=tokens, heads=key.shape[2])
-    _checks.shape(value, f"{name}.value", tuple(key.shape))
-    for tensor, field_name in ((key, f"{name}.key"), (value, f"{name}.value")):
+    _check_segment(args, key, f"{prefix}key", tokens=tokens, heads=key.shape[2])
+    _checks.shape(value, f"{prefix}value", tuple(key.shape))
+    for tensor, field_name in ((key, f"{prefix}key"), (value, f"{prefix}value")):
         _checks.dtype(tensor, field_name, query.dtype)
         _checks.same_device(tensor, field_name, query, "query")
         _checks.last_contiguous(tensor, field_name)
@@ -153,7 +197,7 @@ def _add_packed(args: DecodeArgs, packed: PackedKV, name: str) -> None:
     args.value.append(packed.value_codes)
     args.bits.append(packed.bits)
     args.block.append(packed.block)
-    args.lens.append(_positions(packed.lens, name, "lens", query))
+    args.lens.append(_positions(packed.lens, f"{name}.lens", query))
     args.leftpad.append(None)
     args.block_table.append(None)
     # A few numbers for each head and block: worth a copy where they are strided.
@@ -190,10 +234,9 @@ def _check_pages(pages: torch.Tensor, name: str) -> None:
         raise ValueError(f"{name}: has {count} pages, must have at most {_checks.INT32_MAX}")
 
 
-def _positions(value: object, segment: str, field_name: str, query: torch.Tensor) -> torch.Tensor | None:
+def _positions(value: object, name: str, query: torch.Tensor) -> torch.Tensor | None:
     if value is None:
         return None
-    name = f"{segment}.{field_name}"
     tensor = _checks.tensor(value, name)
     _checks.dtype(tensor, name, torch.int32)
     _checks.shape(tensor, name, query.shape[:1])

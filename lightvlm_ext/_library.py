@@ -18,6 +18,8 @@ _lock = threading.Lock()
 _loaded: Path | None = None
 # The namespace that the wrappers call; the tests put the emulated one here.
 _namespace = _NAMESPACE
+# Overloads found so far, by namespace and name: torch looks through three objects for one.
+_ops: dict[tuple[str, str], Callable[..., Any]] = {}
 _fakes: list[tuple[str, Callable[..., Any]]] = []
 
 
@@ -80,6 +82,9 @@ def op(name: str) -> Callable[..., Any]:
     Raises:
         ImportError: the library is missing, does not load, or was built before this op was added.
     """
+    found = _ops.get((_namespace, name))
+    if found is not None:
+        return found
     if _loaded is None:
         load()
     packet = getattr(getattr(torch.ops, _namespace), name, None)
@@ -88,7 +93,7 @@ def op(name: str) -> Callable[..., Any]:
             f"lightvlm_ext: the library {_loaded} has no op {_namespace}::{name}: it is older than this "
             "package; rebuild it with `pip install --no-build-isolation .` (or `-e .`)"
         )
-    return packet.default  # type: ignore[no-any-return]
+    return _ops.setdefault((_namespace, name), packet.default)
 
 
 def is_emulated() -> bool:

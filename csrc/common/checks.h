@@ -41,7 +41,9 @@ inline std::string shape_text(const Tensor& tensor) {
     return text.str();
 }
 
-inline void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype) {
+// name, here and below: whatever a stream prints; it is made only for a message.
+template <typename Name>
+void check_dtype(const Tensor& tensor, const Name& name, ScalarType dtype) {
     check(tensor.scalar_type() == dtype, name, ": has dtype ",
           torch::headeronly::toString(tensor.scalar_type()), ", must be ",
           torch::headeronly::toString(dtype));
@@ -63,8 +65,8 @@ inline DType floating_dtype(const Tensor& tensor, const char* name) {
 }
 
 // sizes: -1 matches any.
-inline void check_shape(const Tensor& tensor, const char* name,
-                        std::initializer_list<int64_t> sizes) {
+template <typename Name>
+void check_shape(const Tensor& tensor, const Name& name, std::initializer_list<int64_t> sizes) {
     bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
     int64_t d = 0;
     for (int64_t size : sizes) {
@@ -81,19 +83,22 @@ inline void check_shape(const Tensor& tensor, const char* name,
     fail(name, ": has shape ", shape_text(tensor), ", must be (", wanted.str(), ")");
 }
 
-inline void check_device(const Tensor& tensor, const char* name, const Tensor& other) {
+template <typename Name>
+void check_device(const Tensor& tensor, const Name& name, const Tensor& other) {
     check(tensor.device() == other.device(), name,
           ": must be on the device of the other arguments");
 }
 
 // A last dimension of at most one element has no stride to speak of.
-inline void check_last_contiguous(const Tensor& tensor, const char* name) {
+template <typename Name>
+void check_last_contiguous(const Tensor& tensor, const Name& name) {
     const int64_t last = tensor.dim() - 1;
     check(last >= 0 && (tensor.size(last) <= 1 || tensor.stride(last) == 1), name,
           ": the last dimension must be contiguous");
 }
 
-inline void check_contiguous(const Tensor& tensor, const char* name) {
+template <typename Name>
+void check_contiguous(const Tensor& tensor, const Name& name) {
     check(tensor.is_contiguous(), name, ": must be contiguous");
 }
 

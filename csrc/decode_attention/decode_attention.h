@@ -30,7 +30,7 @@ constexpr int64_t kDecodeMaxPageSize = 256;
 constexpr int64_t kDecodeHeadTile = 8;  // the columns of mma.m16n8k16
 
 // Strides in elements for dense segments, in bytes for codes. A token's row is contiguous. Absent
-// tensors are null. Valid tokens of batch row b are [leftpad[b], lens[b]).
+// tensors are null. Valid tokens of batch row b are [leftpad[b], lens[b] + added).
 struct KVSegmentParams {
     KVFormat format = KVFormat::kFloat32;
     int64_t tokens = 0;
@@ -44,6 +44,7 @@ struct KVSegmentParams {
     int64_t value_head_stride = 0;
     const int32_t* lens = nullptr;     // [batch]
     const int32_t* leftpad = nullptr;  // [batch]; dense segments only
+    int64_t added = 0;                 // tokens of each row behind lens, valid besides
 
     // Paged segments only, which are dense: token n of row b is in page block_table[b, n /
     // page_size], at n % page_size.
@@ -68,6 +69,14 @@ struct KVSegmentParams {
     int64_t mass_head_stride = 0;
 
     LIGHTVLM_HOST_DEVICE bool paged() const { return page_size != 0; }
+    // Where the valid tokens of batch row b begin and end; neither is checked.
+    LIGHTVLM_HOST_DEVICE int64_t begin(int64_t b) const {
+        return leftpad != nullptr ? leftpad[b] : 0;
+    }
+    LIGHTVLM_HOST_DEVICE int64_t end(int64_t b) const {
+        if (lens == nullptr) return tokens;
+        return lens[b] < 0 ? -1 : lens[b] + added;
+    }
 };
 
 struct DecodeAttentionParams {
@@ -108,6 +117,8 @@ struct DecodeAttentionParams {
 
 // Bytes of workspace that the implementation needs for these sizes.
 int64_t decode_attention_cpu_workspace(const DecodeAttentionParams& params);
+// Whether the valid tokens of all rows exist; nothing else is looked at.
+Status check_decode_tokens(const DecodeAttentionParams& params);
 Status decode_attention_cpu(const DecodeAttentionParams& params);
 
 #if LIGHTVLM_HAS_DEVICE

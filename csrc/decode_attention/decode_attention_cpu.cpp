@@ -52,8 +52,7 @@ struct TokenRange {
 
 // Of a batch row; not checked.
 TokenRange valid_tokens(const KVSegmentParams& segment, int64_t b) {
-    return {segment.leftpad != nullptr ? segment.leftpad[b] : 0,
-            segment.lens != nullptr ? segment.lens[b] : segment.tokens};
+    return {segment.begin(b), segment.end(b)};
 }
 
 // How the workspace is laid out; everything in floats.
@@ -107,7 +106,7 @@ struct Part {
 // The ways to a span's scores and values.
 enum class Way { kFloat, kPacked, kBf16, kDense };
 
-Way choose_way(KVFormat format, DType dtype) {
+Way choose_way(KVFormat format, DType dtype, int64_t heads) {
 #if defined(__x86_64__)
     const CpuLevel level = cpu_level(CpuLevel::kAvx512Bf16);
     if (is_packed(format)) {
@@ -117,7 +116,9 @@ Way choose_way(KVFormat format, DType dtype) {
     }
     const bool bf16 = format == KVFormat::kBFloat16 && dtype == DType::kBFloat16;
     if (bf16 && level >= CpuLevel::kAvx512Bf16) return Way::kBf16;
-    if (level >= CpuLevel::kAvx512) return Way::kDense;
+    // So few heads do not pay for transposing keys, which are as wide as what is computed with.
+    const bool as_they_lie = format == KVFormat::kFloat32 && heads <= 3;
+    if (level >= CpuLevel::kAvx512 && !as_they_lie) return Way::kDense;
 #endif
     return Way::kFloat;
 }
@@ -325,7 +326,7 @@ class Decoder {
             pages.emplace(segment, b, kv, valid_tokens(segment, b).end,
                           element_bytes(segment.format));
         }
-        const Way way = choose_way(segment.format, params_.dtype);
+        const Way way = choose_way(segment.format, params_.dtype, heads);
         for (int64_t begin = tokens.begin; begin < tokens.end;) {
             const int64_t end = span_end(segment, begin, tokens.end);
             set_tokens(segment, b, kv, {begin, end}, pages ? &*pages : nullptr, &span);
@@ -445,7 +446,7 @@ int64_t decode_attention_cpu_workspace(const DecodeAttentionParams& params) {
     return layout.round_rows * layout.row_floats * int64_t{sizeof(float)};
 }
 
-Status decode_attention_cpu(const DecodeAttentionParams& params) {
+Status check_decode_tokens(const DecodeAttentionParams& params) {
     FirstError error;
     for (int64_t b = 0; b < params.batch; ++b) {
         for (int64_t s = 0; s < params.segments; ++s) {
@@ -463,9 +464,13 @@ Status decode_attention_cpu(const DecodeAttentionParams& params) {
             }
         }
     }
-    if (!error.status().ok()) return error.status();
-    Decoder(params).run();
     return error.status();
+}
+
+Status decode_attention_cpu(const DecodeAttentionParams& params) {
+    const Status status = check_decode_tokens(params);
+    if (status.ok()) Decoder(params).run();
+    return status;
 }
 
 }  // namespace lightvlm

@@ -100,16 +100,18 @@ LIGHTVLM_INLINE void set_tile(const Span& span, int begin, int count, float* roo
     }
 }
 
-// The rows that come after a tile: scores fetch its values, values the keys of the next span.
+// What comes after a tile: scores fetch its values, values the keys of the next span.
 template <bool keys>
 LIGHTVLM_INLINE void set_next(const Span& span, int begin, int count, NextRows* next) {
     next->done = 0;
     next->count = is_packed(span.format) ? 0 : count;
     next->bytes = span.head_dim * (span.format == KVFormat::kFloat32 ? 4 : 2);
-    for (int n = 0; n < next->count; ++n) {
-        next->row[n] = keys            ? span.value_row(begin + n)
-                       : span.in_pages ? span.listed.next_key[begin + n]
-                                       : span.strided.next_key[begin + n];
+    next->listed = nullptr;
+    if (span.in_pages) {
+        next->listed = (keys ? span.listed.value.row : span.listed.next_key.row) + begin;
+    } else {
+        const StridedRows& rows = keys ? span.strided.value : span.strided.next_key;
+        next->strided = {rows[begin], rows.stride};
     }
 }
 

@@ -37,10 +37,8 @@ __global__ void __launch_bounds__(kDecodeMassThreads)
     const float* finals = arguments.finals + key_row * params.head_tiles() * kDecodeFinals;
     // Where lens or pages are bad, the first launch has found no valid token.
     if ((__float_as_uint(finals[2 * kDecodeHeadTile]) >> s & 1) == 0) return;
-    const int64_t begin = segment.leftpad != nullptr ? segment.leftpad[b] : 0;
-    const int64_t end = segment.lens != nullptr ? segment.lens[b] : segment.tokens;
-    const int64_t token = begin + slot - plan.first_slot;
-    if (token >= end) return;
+    const int64_t token = segment.begin(b) + slot - plan.first_slot;
+    if (token >= segment.end(b)) return;
 
     const int64_t group = params.group();
     const int64_t heads = decode_even(group);

@@ -84,8 +84,8 @@ struct DecodeRow {
 __device__ __forceinline__ void read_decode_row(const DecodeAttentionParams& params, int64_t b,
                                                 int segment, DecodeRow* row) {
     const KVSegmentParams& from = params.segment[segment];
-    const int64_t begin = from.leftpad != nullptr ? from.leftpad[b] : 0;
-    const int64_t end = from.lens != nullptr ? from.lens[b] : from.tokens;
+    const int64_t begin = from.begin(b);
+    const int64_t end = from.end(b);
     const bool valid = 0 <= begin && begin <= end && end <= from.tokens;
     if (!valid) report_device_error(params.error, kErrorLens);
     row->begin[segment] = static_cast<int32_t>(valid ? begin : 0);

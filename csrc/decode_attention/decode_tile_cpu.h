@@ -19,15 +19,23 @@ constexpr int kTileTokens = 32;
 
 // Rows that will be read next. They are fetched a few at a time, as memory takes no more at once.
 struct NextRows {
-    const char* row[kTileTokens];
-    int64_t bytes;  // of a row; 0 where nothing is to be fetched
+    StridedRows strided;
+    const char* const* listed;  // in pages, else null
+    int64_t bytes;              // of a row
     int count;
     int done;
 
     LIGHTVLM_INLINE void fetch(int rows) {
         const int end = std::min(count, done + rows);
         for (; done < end; ++done) {
-            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row[done] + at, 0, 2);
+            const char* row = listed != nullptr ? listed[done] : strided[done];
+            // Widths are multiples of 16 numbers; two lines at a time, as most have that many.
+            int64_t at = 0;
+            for (; at + 128 <= bytes; at += 128) {
+                __builtin_prefetch(row + at, 0, 2);
+                __builtin_prefetch(row + at + 64, 0, 2);
+            }
+            if (at < bytes) __builtin_prefetch(row + at, 0, 2);
         }
     }
 };
@@ -121,6 +129,19 @@ struct TileScores<CpuLevel::kAvx2> {
     }
 
   private:
+    // Lanes a0 + a2, a1 + a3, b2 + b0, b3 + b1 of each half.
+    LIGHTVLM_TARGET_AVX2 static LIGHTVLM_INLINE __m256 halve(__m256 a, __m256 b) {
+        return _mm256_add_ps(_mm256_blend_ps(a, b, 0xcc), _mm256_shuffle_ps(a, b, 0x4e));
+    }
+
+    // Of 4 vectors the sums of each one's low and high 4 lanes, side by side in each half. hadd
+    // would take twice the shuffles, which share a port with the products.
+    LIGHTVLM_TARGET_AVX2 static LIGHTVLM_INLINE __m256 add_lanes(const __m256* s) {
+        const __m256 ab = halve(s[0], s[1]);
+        const __m256 cd = halve(s[2], s[3]);
+        return _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x88), _mm256_shuffle_ps(ab, cd, 0xdd));
+    }
+
     // Sums of 8 channels in each lane; what the lanes have is added up at the end.
     template <int kHeads, int kTokens>
     LIGHTVLM_TARGET_AVX2 static LIGHTVLM_INLINE void some(const float* query,
@@ -147,9 +168,7 @@ struct TileScores<CpuLevel::kAvx2> {
         for (int h = 0; h < kHeads; ++h) {
 #pragma GCC unroll 8
             for (int i = 0; i < kTokens; i += 4) {
-                const __m256* s = sums[h] + i;
-                const __m256 quarters =
-                    _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
+                const __m256 quarters = add_lanes(sums[h] + i);
                 const __m128 four = _mm_add_ps(_mm256_castps256_ps128(quarters),
                                                _mm256_extractf128_ps(quarters, 1));
                 _mm_storeu_ps(scores + h * kScorePitch + i, _mm_mul_ps(four, _mm_set1_ps(unit)));

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .._compact_paged_args import PagedCompaction
 from .._kv import KVSegment, PackedKV
 from .._types import MergedPairs, Selection
+from .append_attend import append_attend_
 from .compact_kv import compact_kv_
 from .compact_paged_kv import compact_paged_kv_
 from .decode_attention import decode_attention
@@ -23,6 +24,7 @@ __all__ = [
     "PackedKV",
     "PagedCompaction",
     "Selection",
+    "append_attend_",
     "compact_kv_",
     "compact_paged_kv_",
     "decode_attention",

@@ -9,7 +9,7 @@ import torch
 from .. import _errors, _library
 from .._decode_args import DecodeArgs, check_decode
 from .._kv import KVSegment, PackedKV
-from .._observe import observed, observed_as
+from .._observe import observed
 from .._tickets import tickets
 
 # As in csrc/decode_attention/decode_attention.h, which checks the size of the workspace.
@@ -73,38 +73,11 @@ def decode_attention(
     return _run(check_decode(query, segments, scale=scale, mass=mass))
 
 
-@observed_as("decode_attention")
-def decode_dense(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    lens: torch.Tensor | None,
-    leftpad: torch.Tensor | None,
-    block_table: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """decode_attention over one KVSegment, for callers that have checked their arguments: at every token the wrapper's
-    own checks would cost as much as 150 keys. The op itself checks whatever memory depends on."""
-    of_rows = (_listed(lens), _listed(leftpad), _listed(block_table))
-    if not query.is_cpu or _library.is_emulated():
-        return _run(DecodeArgs(query, scale, [key], [value], [0], [0], *of_rows))
-    out, lse = _results(query)  # as _run() with the fields of packed segments left out, and no device to tell
-    none: list[torch.Tensor] = []
-    rest = (none, none, none, none, scale, none, none, out, lse, None, None, None)
-    _library.op("decode_attention")(query, [key], [value], [0], [0], *of_rows, *rest)
-    return out, lse
-
-
-def _listed(value: torch.Tensor | None) -> list[torch.Tensor | None]:
-    return [] if value is None else [value]
-
-
 def _run(args: DecodeArgs) -> tuple[torch.Tensor, torch.Tensor]:
     device = args.query.device
     _library.check_backend(device)
-    out, lse = _results(args.query)
-    buffers = _device_buffers(args)
+    out, lse = results_of(args.query)
+    buffers = device_buffers("decode_attention", args)
     _library.op("decode_attention")(
         args.query,
         args.key,
@@ -130,18 +103,19 @@ def _run(args: DecodeArgs) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
-def _results(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def results_of(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for out and lse."""
     batch, _, heads, _ = query.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     return out, query.new_empty((batch, heads, 1), dtype=torch.float32)
 
 
-def _device_buffers(args: DecodeArgs) -> tuple[torch.Tensor | None, ...]:
+def device_buffers(op: str, args: DecodeArgs) -> tuple[torch.Tensor | None, ...]:
     """Workspace, tickets and error word of the CUDA kernels. The CPU twin needs none of them."""
     device = args.query.device
     if device.type == "cpu" and not _library.is_emulated():
         return None, None, None
-    word = _errors.error_word("decode_attention", device)
+    word = _errors.error_word(op, device)
     return _workspace(args), tickets(device, _units(args)), word
 
 

@@ -6,6 +6,7 @@ Written to be read and to be right, not to be fast. They need no compiled librar
 from __future__ import annotations
 
 from .._types import MergedPairs, Selection
+from .append_attend import append_attend_
 from .compact_kv import compact_kv_
 from .compact_paged_kv import compact_paged_kv_
 from .decode_attention import decode_attention
@@ -21,6 +22,7 @@ from .select_diverse import select_diverse
 __all__ = [
     "MergedPairs",
     "Selection",
+    "append_attend_",
     "compact_kv_",
     "compact_paged_kv_",
     "decode_attention",

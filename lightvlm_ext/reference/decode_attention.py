@@ -22,9 +22,9 @@ def decode_attention(
     """As `lightvlm_ext.ops.decode_attention`; float64 inputs give float64. Raises on every device."""
     args = check_decode(query, segments, scale=scale, mass=mass, dtypes=(*_checks.FLOATING, torch.float64))
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    bounds = [_bounds(args, segment) for segment in range(len(args.key))]
+    bounds = [bounds_of(args, segment) for segment in range(len(args.key))]
     for segment, of_rows in enumerate(bounds):
-        _check_pages(args, segment, of_rows)
+        check_pages(args, segment, of_rows)
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.full((query.shape[0], query.shape[2], 1), -math.inf, dtype=compute, device=query.device)
     tensors = [_unpacked(args, segment, compute) for segment in range(len(args.key))]
@@ -52,7 +52,7 @@ def decode_attention(
     return out, lse
 
 
-def _bounds(args: DecodeArgs, segment: int) -> list[tuple[int, int]]:
+def bounds_of(args: DecodeArgs, segment: int) -> list[tuple[int, int]]:
     """Of each batch row: where the segment's valid tokens begin and end."""
     batch, tokens = args.query.shape[0], args.tokens(segment)
     lens, leftpad = args.lens[segment], args.leftpad[segment]
@@ -67,7 +67,7 @@ def _bounds(args: DecodeArgs, segment: int) -> list[tuple[int, int]]:
     return list(zip(begins, ends, strict=True))
 
 
-def _check_pages(args: DecodeArgs, segment: int, bounds: list[tuple[int, int]]) -> None:
+def check_pages(args: DecodeArgs, segment: int, bounds: list[tuple[int, int]]) -> None:
     """Raises ValueError unless the pages of all valid tokens exist."""
     table = args.block_table[segment]
     if table is None:

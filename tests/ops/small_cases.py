@@ -209,6 +209,24 @@ def decode_attention_in_pages(dtype: torch.dtype) -> Call:
     return Call("decode_attention", (torch.randn(2, 1, 6, 64).to(dtype), segments), {"mass": mass})
 
 
+def append_attend(dtype: torch.dtype) -> Call:
+    """Two new tokens a row, the second row's up to the end."""
+    key, value = (torch.randn(2, 65, 2, 64).to(dtype) for _ in range(2))
+    added = [torch.randn(2, 2, 2, 64).to(dtype) for _ in range(2)]
+    lens = torch.tensor([int(numbers(33, 63, 1)), 63], dtype=INT)
+    options = {"leftpad": numbers(0, 9, 2)}
+    return Call("append_attend_", (torch.randn(2, 1, 6, 64).to(dtype), key, value, *added, lens), options)
+
+
+def append_attend_in_pages(dtype: torch.dtype) -> Call:
+    """Pages in any order, none of them twice: a row would write into another's."""
+    key, value = (torch.randn(12, 16, 2, 64).to(dtype) for _ in range(2))
+    added = [torch.randn(2, 1, 2, 64).to(dtype) for _ in range(2)]
+    options = {"block_table": torch.randperm(12)[:10].view(2, 5).to(INT)}
+    inputs = (torch.randn(2, 1, 6, 64).to(dtype), key, value, *added, numbers(15, 79, 2))
+    return Call("append_attend_", inputs, options)
+
+
 CASES: dict[str, Callable[[torch.dtype], Call]] = {
     "importance": importance,
     "importance, lse": importance_with_lse,
@@ -228,6 +246,8 @@ CASES: dict[str, Callable[[torch.dtype], Call]] = {
     "dequantize_kv": dequantize_kv,
     "decode_attention": decode_attention,
     "decode_attention, pages": decode_attention_in_pages,
+    "append_attend_": append_attend,
+    "append_attend_, pages": append_attend_in_pages,
 }
 """Name -> the call for a dtype of its large tensors, with random values."""
 
@@ -260,4 +280,5 @@ def bad_calls() -> dict[str, Call]:
         "quantize_kv_": Call("quantize_kv_", (small, infinite, value)),
         "dequantize_kv": Call("dequantize_kv", (dataclasses.replace(small, lens=far), torch.float32)),
         "decode_attention": Call("decode_attention", (query, [KVSegment(key, value, far)])),
+        "append_attend_": Call("append_attend_", (query, key, value, key[:, :1], value[:, :1], far)),
     }

@@ -40,7 +40,11 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "query: has head width 48, must be one of 32, 64, 80, 96, 128, 192, 256",
     ),
-    ({"query": Q[:, :, :3]}, ValueError, "query: has 3 heads, must be .* the segments' heads, 2"),
+    (
+        {"query": Q[:, :, :3]},
+        ValueError,
+        "query: has 3 heads, must be a positive multiple of the key heads, 2",
+    ),
     ({"query": Q.repeat(1, 1, 1, 2)[..., ::2]}, ValueError, "query: last dimension has stride 2"),
     ({"segments": K}, TypeError, "segments: got KVSegment"),
     ({"segments": [Q]}, TypeError, r"segments\[0\]: got Tensor, must be a KVSegment or PackedKV"),

@@ -14,7 +14,6 @@ from torch import Tensor
 import lightvlm_ext
 from lightvlm_ext import ops
 from lightvlm_ext._kv import PACKED_HEAD_DIMS, KVSegment
-from lightvlm_ext.ops.decode_attention import decode_dense
 from tests.emulation.build import Control
 from tests.ops.backends import BACKENDS, CPU, EMULATED, NATIVE, REFERENCE, Backend, emulation_library
 from tests.ops.decode_cases import INF, Segment, buffers, check, dense, packed, query_of
@@ -273,29 +272,3 @@ def test_opcheck() -> None:
         None,
     )
     torch.library.opcheck(torch.ops.lightvlm.decode_attention.default, arguments)
-
-
-@pytest.mark.parametrize("backend", NATIVE, ids=str)
-@pytest.mark.parametrize("bounded", [False, True], ids=["all", "bounds"])
-@pytest.mark.parametrize("paged", [False, True], ids=["piece", "pages"])
-def test_the_way_in_without_checks(backend: Backend, bounded: bool, paged: bool) -> None:
-    """decode_dense gives the op the same, absent tensors left out of their lists."""
-    bounds: dict[str, Any] = {"lens": [300, 17], "leftpad": [3, 0]} if bounded else {"lens": [336, 336]}
-    segment = in_pages(48, 2, 80, torch.float32, **bounds)
-    if not paged:
-        segment = unpaged(segment)
-    if not bounded:
-        # a table has entries that only lens keeps from being read
-        segment = dataclasses.replace(segment, lens=segment.lens if paged else None, leftpad=None)
-    query = query_of(2, 6, 80, torch.float32)
-    found = backend._wrap(decode_dense)(
-        query,
-        segment.key,
-        segment.value,
-        lens=segment.lens,
-        leftpad=segment.leftpad,
-        block_table=segment.block_table,
-        scale=80**-0.5,
-    )
-    for one, wanted in zip(found, backend.decode_attention(query, [segment]), strict=True):
-        assert torch.equal(one, wanted)

@@ -51,7 +51,7 @@ def test_sanitizer(name: str, dtype: torch.dtype, backend: Backend) -> None:
     # What packs is defined to the bit, in the precision that it is given.
     exact = plain if "quantize" in name else wide(call.copy(), dtype).on(REFERENCE)
     # Its reference computes 16 bits in fp32; the op rounds query and weights to 16 bits, as attention does.
-    in_16_bit = call.op == "decode_attention" and dtype != torch.float32
+    in_16_bit = call.op in ("decode_attention", "append_attend_") and dtype != torch.float32
     step = torch.finfo(dtype).eps if in_16_bit else 1e-6
     assert_agree(call.on(backend), exact, plain, step)
     assert lightvlm_ext.device_errors() == []

@@ -57,12 +57,14 @@ def _attend(
     check_values(call)
     backend = None if nothing_to_do(call) else choose(call)  # raises before anything is written
     rotated = query.new_empty(0)
-    if new is not None and (
-        backend is None or not backend.appends or rotated_wanted or not _as_flash_attn(call, new)
-    ):
-        _write(call, new)
-        if cos is not None and rotated_wanted:
-            rotated = call.query
+    if new is not None:
+        writer = backend if backend is not None and backend.appends else None
+        rotates = writer is not None and writer.rotates and not rotated_wanted and _as_flash_attn(call, new)
+        if new.cos is not None and not rotates:
+            _rotate(call, new)
+            rotated = call.query if rotated_wanted else rotated
+        if writer is None:
+            _write(call, new)
     out, lse = empty_result(call) if backend is None else backend.run(call)
     return out.contiguous(), lse.contiguous(), rotated
 
@@ -70,21 +72,29 @@ def _attend(
 def _as_flash_attn(call: Call, new: NewTokens) -> bool:
     """Whether flash-attn would rotate the queries of this call as `at_once` says. It goes by the mask that it is given,
     and that may be none where the caller's window hid nothing."""
-    return new.cos is None or call.max_q == 1 or new.at_once == (not call.causal and not call.windowed)
+    return call.max_q == 1 or new.at_once == (not call.causal and not call.windowed)
+
+
+def _rotate(call: Call, new: NewTokens) -> None:
+    """Rotates query and new keys: the call is one without rotary embedding afterwards."""
+    key, lens = new.key, call.lens
+    assert lens is not None
+    assert new.cos is not None
+    assert new.sin is not None
+    first = lens[:, None]
+    steps = torch.arange(max(key.shape[1], call.query.shape[1]), device=key.device)
+    rows = steps[: 1 if new.at_once else call.query.shape[1]]
+    new.key = rotate(key, new.cos, new.sin, first + steps[: key.shape[1]], new.interleaved)
+    call.query = rotate(call.query, new.cos, new.sin, first + rows, new.interleaved)
+    new.cos = new.sin = None
 
 
 def _write(call: Call, new: NewTokens) -> None:
-    """Rotates what is to be rotated and writes the new tokens: the call is one on a plain cache afterwards."""
-    key, lens = new.key, call.lens
+    """Writes the new tokens: the call is one on a plain cache afterwards."""
+    lens = call.lens
     assert lens is not None
-    if new.cos is not None and new.sin is not None:
-        first = lens[:, None]
-        steps = torch.arange(max(key.shape[1], call.query.shape[1]), device=key.device)
-        rows = steps[: 1 if new.at_once else call.query.shape[1]]
-        key = rotate(key, new.cos, new.sin, first + steps[: key.shape[1]], new.interleaved)
-        call.query = rotate(call.query, new.cos, new.sin, first + rows, new.interleaved)
-    clip = not key.is_cpu
-    append_((call.key, call.value), (key, new.value), lens, call.batch_idx, call.block_table, clip=clip)
+    clip = not new.key.is_cpu
+    append_((call.key, call.value), (new.key, new.value), lens, call.batch_idx, call.block_table, clip=clip)
     call.lens, call.new = call.ends(), None
 
 

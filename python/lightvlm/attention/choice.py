@@ -30,13 +30,15 @@ class Backend(Protocol):
 
     name: as use_backend() and LIGHTVLM_ATTENTION take it.   about: what it is.
     gpu_only: whether it takes no tensor of a CPU.
-    appends: whether run() itself writes the new tokens of a cache call (Call.new), and rotates.
+    appends: whether run() itself writes the new tokens of a cache call (Call.new).
+    rotates: whether it rotates them and the query, too.
     """
 
     name: str
     about: str
     gpu_only: bool
     appends: bool
+    rotates: bool
 
     def missing(self) -> str | None:
         """Why it can run nothing on this machine, to be read after the backend's name; None if it can."""

@@ -23,6 +23,7 @@ class CpuFlash:
     about = "torch's FlashAttention for CPUs, aten::_scaled_dot_product_flash_attention_for_cpu"
     gpu_only = False
     appends = False
+    rotates = False
 
     def missing(self) -> str | None:
         return None

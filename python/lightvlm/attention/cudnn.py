@@ -22,6 +22,7 @@ class Cudnn:
     about = "cuDNN, aten::_scaled_dot_product_cudnn_attention"
     gpu_only = True
     appends = False
+    rotates = False
 
     def missing(self) -> str | None:
         reason = gpu.no_gpu()

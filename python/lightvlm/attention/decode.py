@@ -8,23 +8,24 @@ import torch
 from torch import Tensor
 
 from lightvlm_ext._kv import PACKED_HEAD_DIMS, PAGE_SIZES
-from lightvlm_ext.ops.decode_attention import decode_dense
+from lightvlm_ext.ops.append_attend import append_attend_checked
 
 from .call import Call
 from .native import no_ops
 
 
 class Decode:
-    """``lightvlm_ext.ops.decode_attention``: one query token a row over its cache, CPU and CUDA.
+    """``lightvlm_ext.ops.append_attend_``: one query token a row over its cache, CPU and CUDA.
 
     A window is where the row's keys begin. Rows that name the cache's rows (batch_idx) read them as pages, without a
     copy. Not run on a GPU.
     """
 
     name = "decode"
-    about = "lightvlm_ext.ops.decode_attention, one query token a row"
+    about = "lightvlm_ext.ops.append_attend_, one query token a row"
     gpu_only = False
-    appends = False
+    appends = True
+    rotates = False
 
     def missing(self) -> str | None:
         return no_ops(torch.device("cpu"))
@@ -58,15 +59,18 @@ class Decode:
             key, value = (x.view(-1, size, *x.shape[2:]) for x in (key, value))
         elif table is None and key.shape[0] > call.batch:
             key, value = key[: call.batch], value[: call.batch]
+        new = call.new
         lens, begins = (None if x is None else x.contiguous() for x in (call.lens, _begins(call)))
-        return decode_dense(
+        return append_attend_checked(
             _last_contiguous(call.query),
             key,
             value,
-            lens=lens,
-            leftpad=begins,
-            block_table=table,
-            scale=call.scale,
+            None if new is None else _last_contiguous(new.key),
+            None if new is None else _last_contiguous(new.value),
+            lens,
+            begins,
+            table,
+            call.scale,
         )
 
 
@@ -74,12 +78,13 @@ def _begins(call: Call) -> Tensor | None:
     """Where each row's visible keys begin: leftpad, or where its window does."""
     if call.left < 0:
         return call.leftpad
-    if call.lens is None:
+    ends = call.ends()
+    if ends is None:
         first = torch.full(
             (call.batch,), call.max_k - 1 - call.left, device=call.key.device, dtype=torch.int32
         )
     else:
-        first = call.lens - (1 + call.left)
+        first = ends - (1 + call.left)
     first = first.clamp(min=0)
     return first if call.leftpad is None else torch.maximum(first, call.leftpad)
 

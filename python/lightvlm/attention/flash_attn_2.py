@@ -22,6 +22,7 @@ class FlashAttn2:
     about = "the flash_attn package"
     gpu_only = True
     appends = True
+    rotates = True
 
     def missing(self) -> str | None:
         return _unusable() or gpu.no_gpu()

@@ -23,6 +23,7 @@ class FlashAttn3:
     about = "the flash_attn_interface package (FlashAttention 3)"
     gpu_only = True
     appends = False
+    rotates = False
 
     def missing(self) -> str | None:
         return _unusable() or gpu.no_gpu()

@@ -23,6 +23,7 @@ class FlashAttn4:
     about = "the flash_attn.cute package (FlashAttention 4)"
     gpu_only = True
     appends = False
+    rotates = False
 
     def missing(self) -> str | None:
         return _unusable() or gpu.no_gpu()

@@ -24,6 +24,7 @@ class Flex:
     about = "torch.nn.attention.flex_attention, compiled"
     gpu_only = True
     appends = False
+    rotates = False
 
     def missing(self) -> str | None:
         return gpu.no_gpu()

@@ -21,6 +21,7 @@ class Tiled:
     about = "plain torch, fp32 accumulation, tiles of query rows"
     gpu_only = False
     appends = False
+    rotates = False
 
     def missing(self) -> str | None:
         return None

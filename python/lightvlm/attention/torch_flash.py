@@ -25,6 +25,7 @@ class TorchFlash:
     about = "torch's FlashAttention 2, aten::_flash_attention_forward"
     gpu_only = True
     appends = False
+    rotates = False
 
     def missing(self) -> str | None:
         return gpu.no_gpu()

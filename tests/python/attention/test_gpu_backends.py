@@ -193,8 +193,8 @@ def test_pages(backend: str, options: dict[str, Any], packed: bool) -> None:
         torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
 
 
-def test_append_without_a_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """flash-attn 2 is left to append, unless the rotated queries are needed or it would rotate them differently."""
+def test_what_is_left_to_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attn 2 appends, and rotates unless the rotated queries are needed or it would rotate them differently."""
     given = []
 
     def spy(*args: Any, **options: Any) -> Any:
@@ -208,9 +208,9 @@ def test_append_without_a_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
         ({}, (True, False)),
         ({"rotary_cos": cos, "rotary_sin": cos}, (True, True)),
         ({"rotary_cos": cos, "rotary_sin": cos, "causal": True}, (True, True)),
-        ({"rotary_cos": cos, "rotary_sin": cos, "importance_window": 1}, (False, False)),
+        ({"rotary_cos": cos, "rotary_sin": cos, "importance_window": 1}, (True, False)),
         # As wide as the cache: hides nothing, but flash-attn would count it as a window.
-        ({"rotary_cos": cos, "rotary_sin": cos, "window_size": (31, 5)}, (False, False)),
+        ({"rotary_cos": cos, "rotary_sin": cos, "window_size": (31, 5)}, (True, False)),
     ]
     for options, expected in cases:
         stored = test_kvcache.caches(2, dtype=torch.float16)

@@ -294,7 +294,7 @@ def test_random_caches(data: st.DataObject) -> None:
 
 
 def test_a_decoding_step_calls_the_op_once_whatever_the_strides_of_lengths() -> None:
-    """Reports count decode_attention; lengths and left pads may be columns of a wider tensor."""
+    """Reports count append_attend_; lengths and left pads may be columns of a wider tensor."""
     key, value = caches(3)
     query = torch.randn(3, 1, HEADS, WIDTH)
     table = ints(9, 2, 20, 0, 32, 31).view(3, 2)
@@ -306,5 +306,5 @@ def test_a_decoding_step_calls_the_op_once_whatever_the_strides_of_lengths() -> 
     calls: list[OpCall] = []
     with observe(calls.append), use_backend("decode"):
         found = fa.flash_attn_with_kvcache(query, key, value, cache_seqlens=lens, cache_leftpad=leftpad)
-    assert [call.name for call in calls] == ["decode_attention"]
+    assert [call.name for call in calls] == ["append_attend_"]
     assert torch.equal(found, wanted)

@@ -1,0 +1,50 @@
+"""append_attend_, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _checks
+from .._decode_args import DecodeArgs, check_append
+from .._kv import KVSegment
+from .decode_attention import bounds_of, check_pages, decode_attention
+
+
+def append_attend_(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    new_key: torch.Tensor | None,
+    new_value: torch.Tensor | None,
+    lens: torch.Tensor | None,
+    *,
+    leftpad: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `lightvlm_ext.ops.append_attend_`; float64 inputs give float64. Raises on every device."""
+    dtypes = (*_checks.FLOATING, torch.float64)
+    args = check_append(
+        query, key, value, new_key, new_value, lens, leftpad, block_table, scale, dtypes=dtypes
+    )
+    if new_key is not None and new_value is not None and lens is not None and new_key.shape[1] > 0:
+        before, added = lens.tolist(), new_key.shape[1]
+        if min(before, default=0) < 0:
+            raise ValueError(f"lens: row {before.index(min(before))} has {min(before)}, must be >= 0")
+        args.lens[0] = lens = lens + added
+        bounds = bounds_of(args, 0)
+        check_pages(args, 0, [(min(begin, end - added), end) for begin, end in bounds])
+        for row, first in enumerate(before):
+            for token in range(added):
+                at = _place(args, row, first + token)
+                key[at], value[at] = new_key[row, token], new_value[row, token]
+    return decode_attention(query, [KVSegment(key, value, lens, leftpad, block_table)], scale=scale)
+
+
+def _place(args: DecodeArgs, row: int, token: int) -> tuple[int, int]:
+    """Where a token of a batch row is in the cache: row and token, or page and slot."""
+    table = args.block_table[0]
+    if table is None:
+        return row, token
+    size = args.key[0].shape[1]
+    return int(table[row, token // size]), token % size
