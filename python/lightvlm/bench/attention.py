@@ -1,8 +1,8 @@
 """``lightvlm bench attention``: flash-attn's functions as this package offers them, against the kernels behind them.
 
-Three questions, a case each: what the wrapper costs over the backend that it chooses; what importance costs over the
-call without it; and whether a decoding step on a cache keeps up with SDPA on a preallocated one, which is given the
-fastest of its forms. ``ratio`` above 1 is faster than the baseline.
+Three questions: what the wrapper costs over the backend that it chooses; what importance costs over the call without
+it; and whether a decoding step on a cache keeps up with SDPA on a preallocated one, which is given the fastest of its
+forms, on one cache again and again and on many in turn. ``ratio`` above 1 is faster than the baseline.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ Row = dict[str, Any]
 
 WINDOW = 16
 """Rows that importance is taken from."""
+IN_TURN = 256 << 20
+"""Bytes of all the caches that take turns."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
@@ -120,6 +122,14 @@ def _prompt(geometry: Geometry, tokens: int, dtype: torch.dtype, device: torch.d
     return [torch.randn(shape, generator=generator, dtype=dtype, device=device) for shape in shapes]
 
 
+def _cache(
+    geometry: Geometry, tokens: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """k and v, (1, tokens, Hkv, D)."""
+    _, key, value = _prompt(geometry, tokens, dtype, device)
+    return key, value
+
+
 def _wrapper(
     name: str, geometry: Geometry, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Case, str]:
@@ -184,45 +194,73 @@ def _decode(
     name: str, geometry: Geometry, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Case, str]:
     """A decoding step that appends one token to a cache, against SDPA on a preallocated one that it is written into."""
+    return _steps(name, geometry, tokens, dtype, device, caches=1)
+
+
+def _decode_in_turn(
+    name: str, geometry: Geometry, tokens: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Case, str]:
+    """A step on each of so many caches that none is in the processor's cache when its turn comes. So it is in a model,
+    whose weights and other layers come in between."""
+    caches = -(-IN_TURN // (2 * tokens * geometry.kv_heads * geometry.head_dim * dtype.itemsize))
+    return _steps(f"{caches} x {name}", geometry, tokens, dtype, device, caches=max(2, caches))
+
+
+def _steps(
+    name: str, geometry: Geometry, tokens: int, dtype: torch.dtype, device: torch.device, *, caches: int
+) -> tuple[Case, str]:
     room = tokens + 64
-    _, k_cache, v_cache = _prompt(geometry, room, dtype, device)
+    stored = [_cache(geometry, room, dtype, device) for _ in range(caches)]
     q, k, v = _prompt(geometry, 1, dtype, device)
     lens = torch.tensor([tokens - 1], dtype=torch.int32, device=device)
-    call = Call(q, k_cache, v_cache, 1, room, geometry.head_dim**-0.5, lens=lens + 1)
-    keys, values = (x[:, :tokens].transpose(1, 2) for x in (k_cache, v_cache))
+    scale = geometry.head_dim**-0.5
+    call = Call(q, *stored[0], 1, room, scale, lens=lens + 1)
+    heads_first = [
+        (key[:, :tokens].transpose(1, 2), value[:, :tokens].transpose(1, 2)) for key, value in stored
+    ]
     grouped = q.view(1, geometry.kv_heads, -1, geometry.head_dim)
 
-    def op() -> Any:
-        return fa.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lens, causal=True)
+    def step(key: Tensor, value: Tensor) -> Tensor:
+        found: Tensor = fa.flash_attn_with_kvcache(q, key, value, k, v, cache_seqlens=lens, causal=True)
+        return found
 
-    def products() -> Tensor:
-        weights = (grouped @ keys.transpose(2, 3) * call.scale).softmax(-1, dtype=torch.float32)
-        return weights.to(dtype) @ values
+    def op() -> list[Tensor]:
+        return [step(*pair) for pair in stored]
 
-    def after_write(attend: Callable[[], Tensor]) -> Callable[[], object]:
-        def call() -> Tensor:
-            k_cache[:, tokens - 1 : tokens], v_cache[:, tokens - 1 : tokens] = k, v
-            return attend()
+    def products(key: Tensor, value: Tensor) -> Tensor:
+        weights = (grouped @ key.transpose(2, 3) * scale).softmax(-1, dtype=torch.float32)
+        return weights.to(dtype) @ value
+
+    def after_write(attend: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
+        def call() -> list[Tensor]:
+            found = []
+            for (key, value), pair in zip(stored, heads_first, strict=True):
+                key[:, tokens - 1 : tokens], value[:, tokens - 1 : tokens] = k, v
+                found.append(attend(*pair))
+            return found
 
         return call
 
-    forms: dict[str, Callable[[], Tensor]] = {
-        "SDPA": lambda: F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, enable_gqa=True),
-        "SDPA, group as queries": lambda: F.scaled_dot_product_attention(grouped, keys, values),
+    forms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "SDPA": lambda key, value: F.scaled_dot_product_attention(
+            q.transpose(1, 2), key, value, enable_gqa=True
+        ),
+        "SDPA, group as queries": lambda key, value: F.scaled_dot_product_attention(grouped, key, value),
         "matmul, softmax, matmul": products,
     }
 
     def verify() -> None:
-        found = op().view(grouped.shape)
-        require_close(found, F.scaled_dot_product_attention(grouped, keys, values), _TOLERANCE[dtype])
+        for found, pair in zip(op(), heads_first, strict=True):
+            wanted = F.scaled_dot_product_attention(grouped, *pair)
+            require_close(found.view(grouped.shape), wanted, _TOLERANCE[dtype])
 
     case = Case(
         name,
         op,
         {form: after_write(attend) for form, attend in forms.items()},
         verify,
-        bytes=2 * tokens * geometry.kv_heads * geometry.head_dim * k_cache.element_size(),
-        parameters={"tokens": tokens, "batch": 1, "dtype": dtype_name(dtype)},
+        bytes=2 * caches * tokens * geometry.kv_heads * geometry.head_dim * dtype.itemsize,
+        parameters={"tokens": tokens, "batch": 1, "caches": caches, "dtype": dtype_name(dtype)},
     )
     return case, choose(call).name
 
@@ -231,6 +269,7 @@ CASES: dict[str, Callable[[str, Geometry, int, torch.dtype, torch.device], tuple
     "flash_attn_func": _wrapper,
     "importance_window": _importance,
     "flash_attn_with_kvcache": _decode,
+    "flash_attn_with_kvcache_in_turn": _decode_in_turn,
 }
 
 

@@ -26,12 +26,18 @@ WORDS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _few_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte of them does, where no time is looked at."""
+    monkeypatch.setattr(attention, "IN_TURN", 1 << 20)
+
+
 def test_rows_are_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*WORDS, "bfloat16", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["kind"] == "attention"
     assert {"device", "torch", "commit", "ceilings"} <= result.keys()
-    assert len(result["rows"]) == 6
+    assert len(result["rows"]) == 8
     for row in result["rows"]:
         assert row.keys() >= {
             "case",
@@ -43,10 +49,13 @@ def test_rows_are_complete(capsys: pytest.CaptureFixture[str]) -> None:
             "backend",
         }
         assert row["seconds"] > 0
-        steps = row["method"] == "flash_attn_with_kvcache"
+        steps = row["method"].startswith("flash_attn_with_kvcache")
         assert row["backend"] == ("decode" if steps else "cpu_flash")
     decoding = [row for row in result["rows"] if row["method"] == "flash_attn_with_kvcache"]
     assert all(len(row["baselines"]) == 3 for row in decoding)
+    in_turn = [row for row in result["rows"] if row["method"] == "flash_attn_with_kvcache_in_turn"]
+    assert [row["parameters"]["caches"] for row in in_turn] == [16, 32]
+    assert [row["bytes"] for row in in_turn] == [1 << 20, 1 << 20]
 
 
 def test_shown_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,11 +65,11 @@ def test_shown_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "without" in shown
 
 
-@pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_with_kvcache", "importance_window"])
+@pytest.mark.parametrize("name", sorted(attention.CASES))
 def test_wrong_attention_is_found(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    function = "flash_attn_with_kvcache" if name == "flash_attn_with_kvcache" else "flash_attn_func"
+    function = "flash_attn_with_kvcache" if name.startswith("flash_attn_with_kvcache") else "flash_attn_func"
     right = getattr(flash_attn_interface, function)
 
     def wrong(*args: Any, **options: Any) -> Any:
@@ -97,6 +106,7 @@ def test_goals() -> None:
         ("flash_attn_func", 1024),
         ("importance_window", 8192),
         ("flash_attn_with_kvcache", 8192),
+        ("flash_attn_with_kvcache_in_turn", 8192),
     ):
         assert name in attention.CASES
         assert goals.goal_of(name, goals.CPU, {"tokens": tokens, "batch": 1, "dtype": "bfloat16"}) is not None

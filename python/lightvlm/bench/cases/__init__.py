@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from . import (
+    append_attend,
     compact_kv,
     compact_paged_kv,
     decode_attention,
@@ -21,6 +22,7 @@ from ._case import MODELS, Case, Geometry, Sizes
 __all__ = ["CASES", "MODELS", "Case", "Geometry", "Sizes"]
 
 CASES: dict[str, Callable[[Sizes], Iterator[Case]]] = {
+    "append_attend_": append_attend.cases,
     "compact_kv_": compact_kv.cases,
     "compact_paged_kv_": compact_paged_kv.cases,
     "decode_attention": decode_attention.cases,
