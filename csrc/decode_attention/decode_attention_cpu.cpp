@@ -187,12 +187,16 @@ class Decoder {
             round_ = {first, std::min(first + layout_.round_rows, params_.batch)};
             const int64_t heads = (round_.end - round_.begin) * params_.key_heads;
             const int64_t width = params_.head_dim * layout_.group / 8;
-            // Runs of items, as each fetches what the next will read.
             const int64_t items = heads * layout_.slots * tiles_;
-            parallel_dynamic((items + kRunItems - 1) / kRunItems, kRunItems * kItemTokens * width,
+            // Runs of items, as each fetches what the next will read, but some for every thread.
+            const int64_t threads = torch::stable::get_num_threads();
+            const int64_t of_run = std::clamp<int64_t>(items / (4 * threads), 1, kRunItems);
+            const int64_t tokens = valid_in_round() / std::max<int64_t>(1, layout_.slots);
+            parallel_dynamic((items + of_run - 1) / of_run,
+                             of_run * tokens * width / (round_.end - round_.begin),
                              [&](int64_t run) {
-                                 const int64_t end = std::min(items, (run + 1) * kRunItems);
-                                 for (int64_t i = run * kRunItems; i < end; ++i) attend(i);
+                                 const int64_t end = std::min(items, (run + 1) * of_run);
+                                 for (int64_t i = run * of_run; i < end; ++i) attend(i);
                              });
             parallel_items(heads * layout_.group, (layout_.slots + 1) * layout_.channels / 8,
                            [&](int64_t begin, int64_t end) {
@@ -221,6 +225,16 @@ class Decoder {
         int64_t s = 0;
         while (slot >= layout_.first_slot[s + 1]) ++s;
         return s;
+    }
+    int64_t valid_in_round() const {
+        int64_t tokens = 0;
+        for (int64_t b = round_.begin; b < round_.end; ++b) {
+            for (int64_t s = 0; s < params_.segments; ++s) {
+                const TokenRange valid = valid_tokens(params_.segment[s], b);
+                tokens += valid.end - valid.begin;
+            }
+        }
+        return tokens;
     }
     // The valid tokens of a slot.
     TokenRange slot_tokens(int64_t b, int64_t s, int64_t slot) const {
