@@ -52,8 +52,8 @@ STABLE_TORCH_LIBRARY(lightvlm, m) {
     m.def(
         "append_attend(Tensor query, Tensor(a!) key, Tensor(b!) value, Tensor? new_key, "
         "Tensor? new_value, Tensor? lens, Tensor? leftpad, Tensor? block_table, float scale, "
-        "Tensor(c!) out, Tensor(d!) lse, Tensor(e!)? workspace, Tensor(f!)? ticket, "
-        "Tensor(g!)? error) -> ()");
+        "Tensor(c!) out, Tensor(d!) lse, Tensor(e!)? mass, Tensor(f!)? workspace, "
+        "Tensor(g!)? ticket, Tensor(h!)? error) -> ()");
     m.def(
         "quantize_kv(Tensor key, Tensor value, Tensor? lens, int bits, int block, "
         "Tensor(a!) key_codes, Tensor(b!) value_codes, Tensor(c!) key_scale, Tensor(d!) key_zero, "

@@ -89,6 +89,7 @@ def check_append(
     leftpad: object,
     block_table: object,
     scale: object,
+    mass: object,
     *,
     dtypes: tuple[torch.dtype, ...] = _checks.FLOATING,
 ) -> DecodeArgs:
@@ -96,6 +97,8 @@ def check_append(
     args = _of_query(query, scale, dtypes)
     _add_dense(args, KVSegment(key, value, lens, leftpad, block_table), "")  # type: ignore[arg-type]
     _check_heads(args)
+    if mass is not None:
+        _add_buffer(args, 0, mass, "mass")
     if (new_key is None) != (new_value is None):
         missing = "new_key" if new_key is None else "new_value"
         raise ValueError(f"{missing}: is None, must be given where the other of new_key and new_value is")
@@ -110,8 +113,10 @@ def check_append(
         _checks.shape(tensor, name, (batch, added, args.key_heads(), width))
         _checks.same_device(tensor, name, args.query, "query")
         _checks.last_contiguous(tensor, name)
-    if args.lens[0] is None and added:
-        raise ValueError("lens: is None, must say where new tokens are to be written")
+    if args.lens[0] is None and first.shape[1] > args.tokens(0):
+        raise ValueError(
+            f"new_key: has {added} tokens, without lens at most {args.tokens(0)}, all that there is room for"
+        )
     return args
 
 
@@ -249,18 +254,20 @@ def _add_mass(args: DecodeArgs, mass: object) -> None:
         raise TypeError(f"mass: got {type(mass).__name__}, must be a list of tensors, one per segment")
     if len(mass) != len(args.key):
         raise ValueError(f"mass: has {len(mass)} entries, must have one for each of {len(args.key)} segments")
-    allowed = [torch.float32] + [torch.float64] * (args.query.dtype == torch.float64)
     for segment, buffer in enumerate(mass):
-        if buffer is None:
-            continue
-        name = f"mass[{segment}]"
-        tensor = _checks.tensor(buffer, name)
-        _checks.dtype(tensor, name, *allowed)
-        _checks.shape(tensor, name, (args.query.shape[0], args.key_heads(), args.tokens(segment)))
-        _checks.same_device(tensor, name, args.query, "query")
-        _checks.last_contiguous(tensor, name)
-        shared = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
-        if shared or any(tensor is other for other in args.mass):
-            raise ValueError(f"{name}: shares memory with itself or another buffer, must be disjoint")
-        args.mass.append(tensor)
-        args.mass_segment.append(segment)
+        if buffer is not None:
+            _add_buffer(args, segment, buffer, f"mass[{segment}]")
+
+
+def _add_buffer(args: DecodeArgs, segment: int, buffer: object, name: str) -> None:
+    allowed = [torch.float32] + [torch.float64] * (args.query.dtype == torch.float64)
+    tensor = _checks.tensor(buffer, name)
+    _checks.dtype(tensor, name, *allowed)
+    _checks.shape(tensor, name, (args.query.shape[0], args.key_heads(), args.tokens(segment)))
+    _checks.same_device(tensor, name, args.query, "query")
+    _checks.last_contiguous(tensor, name)
+    shared = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    if shared or any(tensor is other for other in args.mass):
+        raise ValueError(f"{name}: shares memory with itself or another buffer, must be disjoint")
+    args.mass.append(tensor)
+    args.mass_segment.append(segment)

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kAppendWarps* kWarpThreads)
     const int64_t token = index / params.heads % params.added;
     const int64_t b = index / params.heads / params.added;
 
-    const int64_t before = params.lens[b];
+    const int64_t before = params.first(b);
     int64_t row = b;
     int64_t slot = before + token;
     if (before < 0 || slot >= params.capacity) return;

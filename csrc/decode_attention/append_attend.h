@@ -42,13 +42,19 @@ struct AppendParams {
     int32_t access_bytes = 1;  // the widest access that all addresses and strides allow
     AppendedRows rows[2];      // keys, values
 
-    const int32_t* lens = nullptr;  // [batch]: row b's new tokens are lens[b], lens[b] + 1, ...
+    // [batch]: row b's new tokens are lens[b], lens[b] + 1, ...; null: the last of its capacity.
+    const int32_t* lens = nullptr;
     const int32_t* block_table = nullptr;  // as in KVSegmentParams; null: not paged
     int64_t block_table_stride = 0;
     Divisor page_size;
     int32_t pages = 0;
 
     int32_t* error = nullptr;  // the device error word
+
+    // Row b's first new token; not checked.
+    LIGHTVLM_HOST_DEVICE int64_t first(int64_t b) const {
+        return lens != nullptr ? lens[b] : capacity - added;
+    }
 };
 
 struct AppendAttendParams {

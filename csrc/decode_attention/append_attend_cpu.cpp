@@ -24,7 +24,7 @@ void append(const AppendParams& params) {
     for (int64_t b = 0; b < params.batch; ++b) {
         for (int64_t token = 0; token < params.added; ++token) {
             int64_t row = b;
-            int64_t slot = params.lens[b] + token;
+            int64_t slot = params.first(b) + token;
             if (params.block_table != nullptr) {
                 const int64_t block = slot / params.page_size.divisor;
                 row = params.block_table[b * params.block_table_stride + block];
@@ -48,7 +48,7 @@ Status append_attend_cpu(const AppendAttendParams& params) {
         const KVSegmentParams& segment = params.attend.segment[0];
         FirstError error;
         for (int64_t b = 0; b < to.batch && segment.paged(); ++b) {
-            const int64_t block = decode_detail::bad_block(segment, b, to.lens[b], segment.end(b));
+            const int64_t block = decode_detail::bad_block(segment, b, to.first(b), segment.end(b));
             if (block < 0) continue;
             const int32_t page = segment.block_table[b * segment.block_table_stride + block];
             error.report(kErrorPageRange, b, block, page);

@@ -51,7 +51,8 @@ void set_append(const Tensor& query, const Tensor& key, const Tensor& value, con
     check_rows(new_value, "new_value", query,
                {attend.batch, added, attend.key_heads, attend.head_dim}, query.scalar_type());
     if (added == 0) return;
-    check(has_lens, "lens: must be given with new tokens");
+    check(has_lens || added <= segment.tokens, "new_key: has ", added,
+          " tokens, without lens at most ", segment.tokens, ", all that there is room for");
     segment.added = added;
     AppendParams& append = params->append;
     append.batch = attend.batch;
@@ -79,12 +80,13 @@ void append_attend_op(
     const Tensor& value,
     const std::optional<Tensor>& new_key,  // [B, T, Hkv, D], or both absent
     const std::optional<Tensor>& new_value,
-    const std::optional<Tensor>& lens,                        // [B] int32, before new tokens
-    const std::optional<Tensor>& leftpad,                     // [B] int32
-    const std::optional<Tensor>& block_table,                 // [B, max_blocks] int32
-    double scale,                                             //
-    const Tensor& out,                                        // [B, 1, Hq, D], out
-    const Tensor& lse,                                        // [B, Hq, 1] fp32, out
+    const std::optional<Tensor>& lens,         // [B] int32, before new tokens; absent: N - T
+    const std::optional<Tensor>& leftpad,      // [B] int32
+    const std::optional<Tensor>& block_table,  // [B, max_blocks] int32
+    double scale,                              //
+    const Tensor& out,                         // [B, 1, Hq, D], out
+    const Tensor& lse,                         // [B, Hq, 1] fp32, out
+    const std::optional<Tensor>& mass,         // [B, Hkv, N] fp32, added to
     [[maybe_unused]] const std::optional<Tensor>& workspace,  // int32 words, CUDA only
     [[maybe_unused]] const std::optional<Tensor>& ticket,     // int32 zeros, CUDA only
     const std::optional<Tensor>& error) {                     // [1] int32, device error word
@@ -101,6 +103,7 @@ void append_attend_op(
           "new_key, new_value: both must be given, or none");
     if (new_key.has_value())
         set_append(query, key, value, *new_key, *new_value, lens.has_value(), &params);
+    if (mass.has_value()) set_mass(*mass, "mass", query, 0, &attend);
     if (attend.batch == 0) return;
 
     if constexpr (backend == Backend::kCpu) {

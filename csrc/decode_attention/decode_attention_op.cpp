@@ -45,23 +45,17 @@ void check_listed(size_t entries, size_t segments, const char* name) {
           segments, " segments");
 }
 
-void set_mass(const Tensors& mass, const std::vector<int64_t>& mass_segment, const Tensor& query,
-              DecodeAttentionParams* params) {
+void set_masses(const Tensors& mass, const std::vector<int64_t>& mass_segment, const Tensor& query,
+                DecodeAttentionParams* params) {
     check(mass.size() == mass_segment.size(), "mass: has ", mass.size(), " buffers, mass_segment ",
           mass_segment.size());
     for (size_t i = 0; i < mass.size(); ++i) {
         const int64_t of = mass_segment[i];
         check(of >= 0 && of < params->segments, "mass_segment: got ", of, ", must be in [0, ",
               params->segments, ")");
-        KVSegmentParams& segment = params->segment[of];
         const std::string name = "mass[" + std::to_string(of) + "]";
-        check(segment.mass == nullptr, name, ": is given twice");
-        check_rows(mass[i], name, query, {params->batch, params->key_heads, segment.tokens},
-                   ScalarType::Float);
-        segment.mass = mass[i].mutable_data_ptr<float>();
-        segment.mass_batch_stride = mass[i].stride(0);
-        segment.mass_head_stride = mass[i].stride(1);
-        // An empty buffer has no address; the segment has no token either.
+        check(params->segment[of].mass == nullptr, name, ": is given twice");
+        set_mass(mass[i], name, query, of, params);
     }
 }
 
@@ -181,7 +175,7 @@ void decode_attention_op(
         }
     }
     check_heads(params);
-    set_mass(mass, mass_segment, query, &params);
+    set_masses(mass, mass_segment, query, &params);
     params.error = error_word_pointer(error, query);
     if (params.batch == 0) return;
 

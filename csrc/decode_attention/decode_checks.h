@@ -150,6 +150,19 @@ inline void set_dense(const Tensor& query, const Tensor& key, const Tensor& valu
     segment.leftpad = positions(leftpad, number, "leftpad", query);
 }
 
+// After the segment's tokens and heads are known.
+template <typename Name>
+void set_mass(const Tensor& mass, const Name& name, const Tensor& query, int64_t number,
+              DecodeAttentionParams* params) {
+    KVSegmentParams& segment = params->segment[number];
+    check_rows(mass, name, query, {params->batch, params->key_heads, segment.tokens},
+               ScalarType::Float);
+    // An empty buffer has no address; the segment has no token either.
+    segment.mass = mass.mutable_data_ptr<float>();
+    segment.mass_batch_stride = mass.stride(0);
+    segment.mass_head_stride = mass.stride(1);
+}
+
 inline void check_heads(const DecodeAttentionParams& params) {
     check(params.key_heads >= 1 && params.query_heads >= 1 &&
               params.query_heads % params.key_heads == 0,

@@ -214,7 +214,7 @@ def append_attend(dtype: torch.dtype) -> Call:
     key, value = (torch.randn(2, 65, 2, 64).to(dtype) for _ in range(2))
     added = [torch.randn(2, 2, 2, 64).to(dtype) for _ in range(2)]
     lens = torch.tensor([int(numbers(33, 63, 1)), 63], dtype=INT)
-    options = {"leftpad": numbers(0, 9, 2)}
+    options = {"leftpad": numbers(0, 9, 2), "mass": torch.rand(2, 2, 65)}
     return Call("append_attend_", (torch.randn(2, 1, 6, 64).to(dtype), key, value, *added, lens), options)
 
 

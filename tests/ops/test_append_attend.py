@@ -88,18 +88,29 @@ class Cache:
         return {"leftpad": self.leftpad, "block_table": self.table}
 
 
-def step(backend: Backend, cache: Cache, query: Tensor, new: tuple[Tensor, Tensor], **options: Any) -> None:
+def step(
+    backend: Backend,
+    cache: Cache,
+    query: Tensor,
+    new: tuple[Tensor, Tensor],
+    *,
+    wants_mass: bool = False,
+    **options: Any,
+) -> None:
     """One step is right: the cache to the bit, and the result as decode_attention's on that cache."""
     wanted = cache.written(new)
+    segment = KVSegment(*wanted, cache.lens + new[0].shape[1], cache.leftpad, cache.table)
+    mass = torch.rand(len(query), HEADS, segment.tokens) if wants_mass else None
+    masses = None if mass is None else [mass.clone()]
     out, lse = backend.append_attend_(
-        query, cache.key, cache.value, *new, cache.lens, **cache.options(), **options
+        query, cache.key, cache.value, *new, cache.lens, mass=mass, **cache.options(), **options
     )
     assert torch.equal(to_bytes(cache.key), to_bytes(wanted[0]))
     assert torch.equal(to_bytes(cache.value), to_bytes(wanted[1]))
-    segment = KVSegment(cache.key, cache.value, cache.lens + new[0].shape[1], cache.leftpad, cache.table)
-    same = backend.decode_attention(query, [segment], **options)
+    same = backend.decode_attention(query, [segment], mass=masses, **options)
     assert torch.equal(out, same[0])
     assert torch.equal(lse, same[1])
+    assert mass is None or masses is None or torch.equal(mass, masses[0])
     check(backend, query, [segment], HEADS, **options)
 
 
@@ -107,9 +118,12 @@ def step(backend: Backend, cache: Cache, query: Tensor, new: tuple[Tensor, Tenso
 @each_dtype
 @pytest.mark.parametrize("width", PACKED_HEAD_DIMS)
 @pytest.mark.parametrize("page_size", [None, 48])
-def test_every_width(backend: Backend, dtype: torch.dtype, width: int, page_size: int | None) -> None:
+@pytest.mark.parametrize("wants_mass", [False, True], ids=["", "mass"])
+def test_every_width(
+    backend: Backend, dtype: torch.dtype, width: int, page_size: int | None, wants_mass: bool
+) -> None:
     cache = Cache([47, 96, 0], 144, width=width, dtype=dtype, page_size=page_size)
-    step(backend, cache, query_of(3, 6, width, dtype), cache.new(1))
+    step(backend, cache, query_of(3, 6, width, dtype), cache.new(1), wants_mass=wants_mass)
 
 
 @every_backend
@@ -119,7 +133,7 @@ def test_so_many_new_tokens(backend: Backend, tokens: int, page_size: int | None
     """Also up to the last place there is."""
     lens = [0, 1, 15, 16, 31, 64 - tokens]
     cache = Cache(lens, 64, page_size=page_size, leftpad=[0, 0, 7, 16, 3, 0])
-    step(backend, cache, query_of(6, 6, 64), cache.new(tokens), scale=0.3)
+    step(backend, cache, query_of(6, 6, 64), cache.new(tokens), scale=0.3, wants_mass=True)
 
 
 @every_backend
@@ -162,12 +176,17 @@ def test_without_new_tokens(backend: Backend, page_size: int | None) -> None:
 
 
 @every_backend
-def test_without_lens_all_tokens_are_valid(backend: Backend) -> None:
-    cache = Cache([64, 64], 64)
-    query = query_of(2, 6, 64)
-    found = backend.append_attend_(query, cache.key, cache.value, None, None, None)
-    wanted = backend.decode_attention(query, [KVSegment(cache.key, cache.value)])
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+@pytest.mark.parametrize("page_size", [None, 32])
+@pytest.mark.parametrize("tokens", [0, 1, 64])
+def test_without_lens_new_tokens_are_the_last(backend: Backend, page_size: int | None, tokens: int) -> None:
+    cache = Cache([64 - tokens, 64 - tokens], 64, page_size=page_size)
+    query, new = query_of(2, 6, 64), cache.new(tokens)
+    wanted = cache.written(new)
+    found = backend.append_attend_(query, cache.key, cache.value, *new, None, **cache.options())
+    assert torch.equal(to_bytes(cache.key), to_bytes(wanted[0]))
+    assert torch.equal(to_bytes(cache.value), to_bytes(wanted[1]))
+    same = backend.decode_attention(query, [KVSegment(*wanted, block_table=cache.table)])
+    assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
 
 
 @every_backend
@@ -314,7 +333,14 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "new_value: last dimension has stride 2",
     ),
     ({"new_key": torch.zeros(2, 1, 2, 64, device="meta")}, ValueError, "new_key: is on meta"),
-    ({"lens": None}, ValueError, "lens: is None"),
+    (
+        {"lens": None, "new_key": torch.zeros(2, 65, 2, 64), "new_value": torch.zeros(2, 65, 2, 64)},
+        ValueError,
+        "new_key: has 65 tokens, without lens at most 64",
+    ),
+    ({"mass": torch.zeros(2, 2, 63)}, ValueError, r"^mass: has shape .* must be \(2, 2, 64\)"),
+    ({"mass": torch.zeros(2, 2, 64).half()}, TypeError, "^mass: has dtype float16"),
+    ({"mass": torch.zeros(1, 2, 64).expand(2, 2, 64)}, ValueError, "^mass: shares memory"),
     ({"lens": torch.zeros(2)}, TypeError, "lens: has dtype float32"),
     ({"lens": ints(1)}, ValueError, r"lens: has shape \(1,\)"),
     ({"leftpad": ints(1)}, ValueError, r"leftpad: has shape \(1,\)"),
@@ -347,7 +373,11 @@ def test_bad_arguments(
 
 BAD_RAW: list[tuple[dict[str, Any], str]] = [
     ({"new_value": None}, "both must be given, or none"),
-    ({"lens": None}, "lens: must be given with new tokens"),
+    (
+        {"lens": None, "new_key": torch.zeros(2, 65, 2, 64), "new_value": torch.zeros(2, 65, 2, 64)},
+        "new_key: has 65 tokens, without lens at most 64",
+    ),
+    ({"mass": torch.zeros(2, 2, 63)}, r"mass: has shape \(2, 2, 63\), must be \(2, 2, 64\)"),
     ({"new_key": torch.zeros(2, 1, 1, 64)}, r"new_key: has shape \(2, 1, 1, 64\)"),
     ({"new_value": torch.zeros(2, 2, 2, 64)}, "new_value: has shape"),
     ({"new_value": torch.zeros(2, 1, 2, 128)[..., ::2]}, "new_value: the last dimension must be contiguous"),
@@ -373,6 +403,7 @@ def test_the_op_itself_checks_what_memory_depends_on(changed: dict[str, Any], me
         "scale": 1.0,
         "out": torch.zeros(2, 1, 4, 64),
         "lse": torch.zeros(2, 4, 1),
+        "mass": None,
         "workspace": None,
         "ticket": None,
         "error": None,
@@ -401,15 +432,16 @@ def test_launches() -> None:
     control = Control(emulation_library())
     cache, query = Cache([40, 17], 64), query_of(2, 6, 64)
 
-    def launches(new: tuple[Tensor | None, Tensor | None]) -> list[int]:
-        names = ("append", "decode_attention")
+    def launches(new: tuple[Tensor | None, Tensor | None], **options: Tensor) -> list[int]:
+        names = ("append", "decode_attention", "decode_mass")
         before = [control.launch_count(name) for name in names]
-        EMULATED.append_attend_(query, cache.key, cache.value, *new, cache.lens)
+        EMULATED.append_attend_(query, cache.key, cache.value, *new, cache.lens, **options)
         return [control.launch_count(name) - n for name, n in zip(names, before, strict=True)]
 
-    assert launches(cache.new(1)) == [1, 1]
-    assert launches(cache.new(0)) == [0, 1]
-    assert launches((None, None)) == [0, 1]
+    assert launches(cache.new(1)) == [1, 1, 0]
+    assert launches(cache.new(1), mass=torch.zeros(2, 2, 64)) == [1, 1, 1]
+    assert launches(cache.new(0)) == [0, 1, 0]
+    assert launches((None, None)) == [0, 1, 0]
 
 
 @pytest.mark.parametrize("page_size", [None, 16])
@@ -419,5 +451,5 @@ def test_opcheck(page_size: int | None) -> None:
         tensor.nan_to_num_()
     ops.append_attend_(query, cache.key, cache.value, *cache.new(1), cache.lens, **cache.options())
     arguments = (query, cache.key, cache.value, *cache.new(1), cache.lens, cache.leftpad, cache.table, 0.1)
-    outputs = (torch.empty_like(query), torch.empty(2, 6, 1), None, None, None)
+    outputs = (torch.empty_like(query), torch.empty(2, 6, 1), torch.zeros(2, 2, 64), None, None, None)
     torch.library.opcheck(torch.ops.lightvlm.append_attend.default, (*arguments, *outputs))
