@@ -155,7 +155,10 @@ class CompactCache(Cache):
         if layer_idx == 0:  # asked of all layers at the first, so that none has changed when it raises
             for one in self.layers:
                 one.check_capacity(key_states.shape[2])
-        if self.attached:
+        run = self._reader()
+        if run is not None:
+            if run.writes(layer, key_states, value_states):
+                return layer.announce(key_states, value_states)
             return layer.update(key_states, value_states, *args, **kwargs)
         if not (self.complete if layer_idx == 0 else layer.complete):
             raise ValueError(
@@ -191,8 +194,12 @@ class CompactCache(Cache):
     @property
     def attached(self) -> bool:
         """Whether the call under way is one of an attached model; another model may use the cache in between."""
+        return self._reader() is not None
+
+    def _reader(self) -> Run | None:
+        """The run whose call is under way with this cache."""
         run = self.run() if self.run is not None else None
-        return run is not None and run.reads(self)
+        return run if run is not None and run.reads(self) else None
 
     @property
     def complete(self) -> bool:

@@ -14,6 +14,7 @@ from lightvlm_ext.ops import KVSegment, PackedKV
 
 from .buffers import check_rows, fits, token_major, zeros
 from .host import upload
+from .new_token import NewToken
 from .packed_store import PackedStore
 
 if TYPE_CHECKING:
@@ -33,10 +34,13 @@ class CompactLayer(CacheLayerMixin):
     wants_mass: whether attention shall add up what each stored token receives;   mass (B, Hkv, capacity) fp32: that sum
     for the buffer (packed tokens have theirs in ``packed``), or None.
     live: in a loop of decode steps that ask the host for nothing, what they need on the device; None elsewhere.
+    waiting: a token that is counted, and that the attention of the step under way will write; None elsewhere.
     """
 
     is_sliding = False
     is_croppable = True
+    can_wait = True
+    """Whether :meth:`announce` is for layers of this kind."""
 
     def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity
@@ -62,6 +66,7 @@ class CompactLayer(CacheLayerMixin):
         self._queries: list[Tensor] = []
         self._bounds: tuple[Tensor, Tensor] | None = None
         self.live: LiveLayer | None = None
+        self.waiting: NewToken | None = None
 
     # transformers reads the stored states of a layer through these names
     @property
@@ -110,31 +115,66 @@ class CompactLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append (B, Hkv, S, D) states; returns all stored ones, (B, Hkv, N, D)."""
+        self.waiting = None  # of a step that did not get to its end
         if self.live is not None and self.live.stepping:
             return self.live.write(self, key_states, value_states)
         self.check_room(key_states, value_states)
-        first, new = not self.is_initialized, key_states.shape[2]
+        first = not self.is_initialized
         if first:
             self.lazy_initialization(key_states, value_states)
-        needed = max(self.ends) + new
-        if needed > self.key_storage.shape[1]:
-            self._grow(needed)
-        # detached: a cache that is written again and again must not hold on to every step's graph
-        keys, values = key_states.detach().transpose(1, 2), value_states.detach().transpose(1, 2)
-        if len(set(self.ends)) == 1:
-            self.key_storage[:, needed - new : needed] = keys
-            self.value_storage[:, needed - new : needed] = values
-        else:
-            for row, end in enumerate(self.ends):
-                self.key_storage[row, end : end + new] = keys[row]
-                self.value_storage[row, end : end + new] = values[row]
-        self.ends = [end + new for end in self.ends]
-        self.seen += new
-        self.tail += new
+        self._count(key_states.shape[2])
+        self._write(key_states, value_states)
         self._bounds = None
         if first:  # the states at hand are what was stored, and lie as the attention kernel likes them
             return key_states, value_states
         return self.keys, self.values  # type: ignore[return-value]
+
+    def announce(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`update` with a token a row, (B, Hkv, 1, D), but leave writing to the attention that reads it
+        (:attr:`waiting`): a step is short enough for that to count. Returns what it was given."""
+        starts = before = None
+        if self.live is not None and self.live.stepping:
+            starts, before = self.live.bounds[0], self.live.before
+        else:
+            self.check_room(key_states, value_states)
+            if not self.filled:
+                starts, before = self.bounds()
+            self._count(1)
+            self._bounds = None if starts is None or before is None else (starts, before + 1)
+        self.waiting = NewToken(key_states.detach(), value_states.detach(), before, starts)
+        return key_states, value_states
+
+    def write_waiting(self) -> tuple[Tensor, Tensor]:
+        """What :meth:`update` would have done instead of :meth:`announce`, and what it returns."""
+        waiting, self.waiting = self.waiting, None
+        assert waiting is not None
+        if self.live is not None and self.live.stepping:
+            return self.live.write(self, waiting.key, waiting.value)
+        self._write(waiting.key, waiting.value)
+        return self.keys, self.values  # type: ignore[return-value]
+
+    def _count(self, new: int) -> None:
+        """Make room for so many tokens more, and count them."""
+        needed = max(self.ends) + new
+        if needed > self.key_storage.shape[1]:
+            self._grow(needed)
+        self.ends = [end + new for end in self.ends]
+        self.seen += new
+        self.tail += new
+
+    def _write(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Write (B, Hkv, S, D) states to the end of each row, where they have been counted."""
+        # detached: a cache that is written again and again must not hold on to every step's graph
+        keys, values = key_states.detach().transpose(1, 2), value_states.detach().transpose(1, 2)
+        new = keys.shape[1]
+        if len(set(self.ends)) == 1:
+            end = self.ends[0]
+            self.key_storage[:, end - new : end] = keys
+            self.value_storage[:, end - new : end] = values
+        else:
+            for row, end in enumerate(self.ends):
+                self.key_storage[row, end - new : end] = keys[row]
+                self.value_storage[row, end - new : end] = values[row]
 
     def restore(
         self, key: Tensor, value: Tensor, mass: Tensor | None, state: dict[str, Any], slack: int

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightvlm_ext._kv import PACKED_HEAD_DIMS
+
 from . import attention_hook
 from .contract.cache import CachePart
 from .prompt_eviction import PromptEviction
-from .stored_attention import attend_stored, reads_quickly
+from .stored_attention import attend_new, attend_stored, fits, reads_quickly
 
 if TYPE_CHECKING:
     from .cache_layer import CompactLayer
@@ -32,15 +34,33 @@ def attend(
         found = _attend_prompt(run, module, query, key, value, mask, **kwargs)
         _use_prompt(run, int(module.layer_idx), layer, query, key, value, scale)
         return found
-    if layer is not None and (
-        layer.reads_itself or (forward.watched and run._original != "eager" and reads_quickly(query, layer))
-    ):
+    if layer is not None and layer.waiting is not None:
+        if fits(query, layer):
+            found = attend_new(query, layer, scale), None
+            layer.remember_queries(query.transpose(1, 2), scale)
+            return found
+        key, value = layer.write_waiting()
+    if layer is not None and (layer.reads_itself or (_watches(run) and reads_quickly(query, layer))):
         found = attend_stored(query, layer, scale), None
     else:
         found = _original(run, module)(module, query, key, value, mask, **kwargs)
     if layer is not None:
         layer.remember_queries(query.transpose(1, 2), scale)
     return found
+
+
+def writes(run: Run, layer: CompactLayer, key: Tensor, value: Tensor) -> bool:
+    """Whether :func:`attend` will read these states of a decoding step, (B, Hkv, S, D), from the layer, and not by the
+    model's own function, so that it can write them in the same call."""
+    if run._forward.prompt or not layer.can_wait or layer.packed is not None or not layer.is_initialized:
+        return False
+    one = key.shape[2] == 1 and key.shape[3] == value.shape[3] and key.shape[3] in PACKED_HEAD_DIMS
+    return one and (layer.reads_itself or _watches(run))
+
+
+def _watches(run: Run) -> bool:
+    """Whether whole layers are decoded by our attention, too."""
+    return run._forward.watched and run._original != "eager"
 
 
 def _original(run: Run, module: Any) -> Any:

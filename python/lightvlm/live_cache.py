@@ -32,12 +32,14 @@ SPAN = 2048
 class LiveLayer:
     """What a layer's part of a step needs on the device.
 
-    bounds (2, B) int32: starts and ends.   rows, at (B,) int64: where the step's token is written.
+    bounds (2, B) int32: starts and ends.   before (B,) int32: ends before the step.   rows, at (B,) int64: where its
+    token is written.
     queries (B, W, Hq, D): the last W queries, of which ``remembered`` at the end are real, or None.
     ahead: tokens that may still come.   stepping: whether a step is under way.
     """
 
     bounds: Tensor
+    before: Tensor
     rows: Tensor
     at: Tensor
     queries: Tensor | None
@@ -82,9 +84,11 @@ class LiveCache:
         self.moved = False
         with torch.inference_mode(False):
             self._bounds = torch.empty(len(cache.layers), 2, batch, dtype=torch.int32, device=device)
+            self._before = torch.empty(len(cache.layers), batch, dtype=torch.int32, device=device)
             self._at = torch.empty(len(cache.layers), batch, dtype=torch.int64, device=device)
             rows = torch.arange(batch, device=device)
-        for layer, bounds, at in zip(cache.layers, self._bounds, self._at, strict=True):
+        of_layers = (self._bounds, self._before, self._at)
+        for layer, bounds, ends, at in zip(cache.layers, *of_layers, strict=True):
             before = layer.recent_queries()
             queries = None
             if layer.query_rows:
@@ -93,7 +97,7 @@ class LiveCache:
                     queries = layer.key_storage.new_zeros(shape)
                 if before.shape[1]:
                     queries[:, layer.query_rows - before.shape[1] :] = before
-            layer.live = LiveLayer(bounds, rows, at, queries, before.shape[1], ahead)
+            layer.live = LiveLayer(bounds, ends, rows, at, queries, before.shape[1], ahead)
             layer._bounds = None
             layer.bounds()
             grows = layer.capacity is None and not layer.will_be_packed
@@ -102,7 +106,8 @@ class LiveCache:
     @contextmanager
     def step(self) -> Iterator[None]:
         """The device's part of a step: within, every layer is given one token a row."""
-        self._at.copy_(self._bounds[:, 1])
+        self._before.copy_(self._bounds[:, 1])
+        self._at.copy_(self._before)
         self._bounds[:, 1] += 1
         self._mark(True)
         try:

@@ -30,6 +30,8 @@ class PagedLayer(CompactLayer):
     ragged: in a layer that an attached model filled, always: attention follows the block table.
     """
 
+    can_wait = False
+
     def __init__(self, pages: KVPages) -> None:
         self.pages = pages
         self.blocks = BlockRows(pages)

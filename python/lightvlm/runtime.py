@@ -37,6 +37,7 @@ from .tower import Tower
 
 if TYPE_CHECKING:
     from .cache import CompactCache
+    from .cache_layer import CompactLayer
     from .kl import Divergence
 
 
@@ -219,6 +220,10 @@ class Run:
     def _device(self) -> torch.device:
         """Where the decoder's layers are; embeddings and inputs may be elsewhere."""
         return next(self._adapter.layers[0].parameters()).device
+
+    def writes(self, layer: CompactLayer, key: Tensor, value: Tensor) -> bool:
+        """Whether the attention to come writes these states itself (:func:`decoder_attention.writes`)."""
+        return decoder_attention.writes(self, layer, key, value)
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightvlm_ext import ops
 from lightvlm_ext._kv import PACKED_HEAD_DIMS
 from lightvlm_ext.ops import KVSegment
+from lightvlm_ext.ops.append_attend import append_attend_checked
 
 if TYPE_CHECKING:
     from .cache_layer import CompactLayer
@@ -24,18 +25,45 @@ FEW = 8
 """So many new tokens are attended one by one."""
 
 
+def attend_new(query: Tensor, layer: CompactLayer, scale: float | None) -> Tensor:
+    """Write the token that waits, and let it attend to all that the buffer holds, itself included.
+
+    query (B, Hq, 1, D), which :func:`fits`.   Returns (B, 1, Hq, D).
+    """
+    waiting, layer.waiting = layer.waiting, None
+    assert waiting is not None
+    key, value = layer.buffer()
+    new_key, new_value, one = (x.transpose(1, 2) for x in (waiting.key, waiting.value, query))
+    return append_attend_checked(
+        _last_contiguous(one),
+        key,
+        value,
+        _last_contiguous(new_key),
+        _last_contiguous(new_value),
+        waiting.before,
+        waiting.starts,
+        None,
+        query.shape[3] ** -0.5 if scale is None else scale,
+        None if layer.mass is None else layer.mass[:, :, : key.shape[1]],
+    )[0]
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def attend_stored(query: Tensor, layer: CompactLayer, scale: float | None) -> Tensor:
     """Attention of the last S tokens, which end each row of the layer's buffer.
 
     query (B, Hq, S, D).   Returns (B, S, Hq, D).
     """
     new, dense = query.shape[2], layer.packed is None
-    fits = _fits(query, layer)
-    if fits and (new == 1 or (new <= FEW and not (dense and layer.mass is None))):
+    taken = fits(query, layer)
+    if taken and (new == 1 or (new <= FEW and not (dense and layer.mass is None))):
         return _one_by_one(query, layer, scale)
     out = _laid_out(query, layer, scale)
     if layer.mass is not None:
-        if fits:  # the last tokens of a question speak for it
+        if taken:  # the last tokens of a question speak for it
             _one_by_one(query[:, :, -FEW:], layer, scale)
         else:
             _add_mass(query, layer, scale)
@@ -45,10 +73,10 @@ def attend_stored(query: Tensor, layer: CompactLayer, scale: float | None) -> Te
 def reads_quickly(query: Tensor, layer: CompactLayer) -> bool:
     """Whether one new token is attended straight from the segments. transformers' attention without a mask reads each
     key once for every head of its group."""
-    return query.shape[2] == 1 and _fits(query, layer)
+    return query.shape[2] == 1 and fits(query, layer)
 
 
-def _fits(query: Tensor, layer: CompactLayer) -> bool:
+def fits(query: Tensor, layer: CompactLayer) -> bool:
     """Whether decode_attention takes such heads; a layer is packed only where it does."""
     width, stored = query.shape[3], layer.value_storage
     same = stored.shape[-1] == width and query.dtype == layer.key_storage.dtype

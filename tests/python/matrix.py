@@ -15,7 +15,7 @@ import torch
 from lightvlm.catalogue import describe
 from lightvlm.methods import METHODS
 from lightvlm.methods.base import AttentionPart, CachePart, Picture, PrefillPart
-from python.tiny import QWEN, Family, Image, Row, generate_logits
+from python.tiny import QWEN, Family, Image, Row, generate_logits, take_decoding
 from torch import Tensor
 
 LAYERS = 6
@@ -208,7 +208,7 @@ def only_shortens(plan: lightvlm.Plan) -> bool:
 
 def attention_is_ours(plan: lightvlm.Plan, report: Any) -> bool:
     """Whether logits came from our attention where the model's would have run (docs/decisions.md)."""
-    return isinstance(plan.prefill, AttentionPart) or report.op_calls.get("decode_attention", 0) > 0
+    return isinstance(plan.prefill, AttentionPart) or take_decoding(dict(report.op_calls)) > 0
 
 
 def parts(slot: str) -> dict[str, Any]:

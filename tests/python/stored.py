@@ -22,6 +22,9 @@ class Reader:
     def reads(self, cache: CompactCache) -> bool:
         return True
 
+    def writes(self, *args: object) -> bool:
+        return False
+
 
 @dataclass(frozen=True)
 class Told(CachePart):

@@ -188,7 +188,7 @@ def test_ops_and_time_of_replays_are_in_the_report(wide: Any) -> None:
             for step in range(6):
                 decode.step(tokens_of(step, 2))
     report = run.report()
-    assert report.op_calls["decode_attention"] == 6 * DEPTH
+    assert report.op_calls["append_attend_"] == 6 * DEPTH
     assert report.graph == {"captures": 1, "replays": 5}
     assert report.seconds["decode"] > 0
     assert report.kv_bytes_used == cache.kv_bytes_used

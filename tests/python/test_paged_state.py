@@ -44,6 +44,9 @@ class FakeRun:
     def reads(self, cache: PagedCompactCache) -> bool:
         return True
 
+    def writes(self, *args: object) -> bool:
+        return False
+
 
 class Mirror:
     """What a cache should hold: rows[layer][row], a list of tokens (key, value, received), each (Hkv, ...)."""

@@ -254,6 +254,11 @@ class Qwen(Family):
 LLAVA, INTERNVL, QWEN = Llava(), InternVL(), Qwen()
 
 
+def take_decoding(calls: dict[str, int]) -> int:
+    """How often our attention decoded a layer, by either op; they are taken out of a report's op_calls."""
+    return calls.pop("decode_attention", 0) + calls.pop("append_attend_", 0)
+
+
 def _tokens(item: int | Image | Video) -> list[int]:
     if isinstance(item, int):
         return [item]
