@@ -39,8 +39,6 @@ class CompactLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
-    can_wait = True
-    """Whether :meth:`announce` is for layers of this kind."""
 
     def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity

@@ -52,7 +52,7 @@ def attend(
 def writes(run: Run, layer: CompactLayer, key: Tensor, value: Tensor) -> bool:
     """Whether :func:`attend` will read these states of a decoding step, (B, Hkv, S, D), from the layer, and not by the
     model's own function, so that it can write them in the same call."""
-    if run._forward.prompt or not layer.can_wait or layer.packed is not None or not layer.is_initialized:
+    if run._forward.prompt or layer.packed is not None or not layer.is_initialized:
         return False
     one = key.shape[2] == 1 and key.shape[3] == value.shape[3] and key.shape[3] in PACKED_HEAD_DIMS
     return one and (layer.reads_itself or _watches(run))

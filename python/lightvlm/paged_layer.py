@@ -17,9 +17,11 @@ from lightvlm_ext.ops import KVSegment, PackedKV
 from .block_rows import BlockRows
 from .buffers import check_rows
 from .cache_layer import SLACK, CompactLayer
+from .host import upload
+from .new_token import NewToken
 from .paged_conversion import to_buffer
 from .pages import KVPages
-from .paging import reserve
+from .paging import reserve, slots
 
 
 class PagedLayer(CompactLayer):
@@ -29,8 +31,6 @@ class PagedLayer(CompactLayer):
     left_out: tokens of padding that each row of the prompt had before its first page.
     ragged: in a layer that an attached model filled, always: attention follows the block table.
     """
-
-    can_wait = False
 
     def __init__(self, pages: KVPages) -> None:
         self.pages = pages
@@ -76,27 +76,61 @@ class PagedLayer(CompactLayer):
         Raises:
             OutOfPages: too few pages are free; nothing has changed then.
         """
+        self.waiting = None
         self.check_room(key_states, value_states)
-        first, new = not self.is_initialized, key_states.shape[2]
+        first = not self.is_initialized
         if first:
             self.lazy_initialization(key_states, value_states)
+        try:
+            self._reserve(key_states.shape[2])
+        except OutOfPages:
+            if first:
+                self._clear()
+            raise
+        self._write(key_states, value_states)
+        self._count(key_states.shape[2])
+        return key_states, value_states
+
+    def announce(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """As of a CompactLayer.
+
+        Raises:
+            OutOfPages: too few pages are free; nothing has changed then.
+        """
+        self.check_room(key_states, value_states)
+        self._reserve(1)
+        starts, before = self.bounds()
+        self._count(1)
+        self.waiting = NewToken(key_states.detach(), value_states.detach(), before, starts)
+        return key_states, value_states
+
+    def write_waiting(self) -> tuple[Tensor, Tensor]:
+        waiting, self.waiting = self.waiting, None
+        assert waiting is not None
+        ends = zip(self.blocks.rows, self.ends, strict=True)
+        places = [place for row, end in ends for place in slots(row, end - 1, end, self.pages.page_size)]
+        self._slots = upload(places, self.pages.device, torch.int64)
+        self._write(waiting.key, waiting.value)
+        self._slots = None
+        return waiting.key, waiting.value
+
+    def _reserve(self, new: int) -> None:
+        """Pages for so many tokens more of each row, unless that was done for all layers at once."""
         if self._slots is None or len(self._slots) != new * len(self.ends):
-            try:
-                reserve([self], new)
-            except OutOfPages:
-                if first:
-                    self._clear()
-                raise
+            reserve([self], new)
+
+    def _write(self, key_states: Tensor, value_states: Tensor) -> None:
         assert self._slots is not None
         for storage, states in ((self.key_storage, key_states), (self.value_storage, value_states)):
             rows = states.detach().transpose(1, 2).reshape(-1, *storage.shape[2:])
             storage.view(-1, *storage.shape[2:]).index_copy_(0, self._slots, rows)
+
+    def _count(self, new: int) -> None:
         self.ends = [end + new for end in self.ends]
         self.seen += new
         self.tail += new
         self._bounds, self._slots = self._bounds_to_come, None
         self._fit_mass()
-        return key_states, value_states
 
     def check_room(self, key_states: Tensor, value_states: Tensor) -> None:
         """Raise a ValueError unless (B, Hkv, S, D) states fit the pages and what is stored."""

@@ -32,19 +32,20 @@ def attend_new(query: Tensor, layer: CompactLayer, scale: float | None) -> Tenso
     """
     waiting, layer.waiting = layer.waiting, None
     assert waiting is not None
-    key, value = layer.buffer()
+    segment, masses = layer.segments()[0], layer.masses()
+    assert isinstance(segment, KVSegment)
     new_key, new_value, one = (x.transpose(1, 2) for x in (waiting.key, waiting.value, query))
     return append_attend_checked(
         _last_contiguous(one),
-        key,
-        value,
+        segment.key,
+        segment.value,
         _last_contiguous(new_key),
         _last_contiguous(new_value),
         waiting.before,
         waiting.starts,
-        None,
+        segment.block_table,
         query.shape[3] ** -0.5 if scale is None else scale,
-        None if layer.mass is None else layer.mass[:, :, : key.shape[1]],
+        None if masses is None else masses[0],
     )[0]
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import lightvlm
 import pytest
 import torch
-from lightvlm import CompactCache, stored_attention
+from lightvlm import CompactCache, KVPages, PagedCompactCache, decoder_attention, stored_attention
 from lightvlm.cache_layer import CompactLayer
 from lightvlm.methods.decode_compaction import DecodeCompaction
+from lightvlm.paged_layer import PagedLayer
 from python.recorded import record
 from python.test_decode import COMPACTION, plan_of
 from python.test_decode_loop import PACKED
@@ -26,6 +27,13 @@ PLANS: dict[str, lightvlm.Plan] = {
     "no cache method": lightvlm.LightVLM(keep=0.3, decode_keep=1.0),
 }
 STEPS = 21
+CACHES: dict[str, Callable[[Any], CompactCache]] = {
+    "growing": lambda model: CompactCache(model.config),
+    "fixed": lambda model: CompactCache(model.config, capacity=120),
+    "paged": lambda model: PagedCompactCache(
+        model.config, pages=KVPages(model.config, pages=200, page_size=16, dtype=model.dtype)
+    ),
+}
 
 
 @functools.cache
@@ -42,8 +50,9 @@ def stored(cache: CompactCache) -> list[Tensor]:
     """All valid tokens, and what they have received."""
     found = []
     for layer in cache.layers:
+        keys, values = layer.buffer()
         for row, (start, end) in enumerate(zip(layer.starts, layer.ends, strict=True)):
-            found += [layer.key_storage[row, start:end], layer.value_storage[row, start:end]]
+            found += [keys[row, start:end], values[row, start:end]]
             if layer.mass is not None:
                 found.append(layer.mass[row, :, start:end])
     return found
@@ -55,7 +64,7 @@ def one_way_and_the_other(
     """Asserts that results and caches are the same to the bit where layers write at once; op calls of both."""
     found, cache, run = call()
     with monkeypatch.context() as patch:
-        patch.setattr(CompactLayer, "can_wait", False)
+        patch.setattr(decoder_attention, "writes", lambda *args: False)
         wanted, other, before = call()
     assert torch.equal(found, wanted)
     assert all(torch.equal(*pair) for pair in zip(stored(cache), stored(other), strict=True))
@@ -66,18 +75,18 @@ def one_way_and_the_other(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("capacity", [None, 120])
+@pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generate(
-    name: str, plan: str, capacity: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, plan: str, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A padded batch of prompts with one image, several and none."""
     family: Family = FAMILIES[name]
     model = wide(name, dtype)
 
     def call() -> tuple[Tensor, CompactCache, lightvlm.Run]:
-        cache = CompactCache(model.config, capacity=capacity)
+        cache = CACHES[kind](model)
         with lightvlm.attach(model, PLANS[plan]) as run:
             logits = generate_logits(model, family.batch(ROWS, dtype), STEPS, past_key_values=cache)[1]
         return logits, cache, run
@@ -187,3 +196,18 @@ def test_a_token_that_attention_cannot_write_is_written_as_ever(ragged: bool) ->
     assert layers[0].waiting is None
     assert all(torch.equal(*pair) for pair in zip(layers[0].bounds(), layers[1].bounds(), strict=True))
     assert layers[0].seen == layers[1].seen == 8
+
+
+def test_a_token_of_a_paged_layer_is_written_as_ever() -> None:
+    model = wide("llava", torch.float32)
+    pages = KVPages(model.config, pages=8, page_size=16)
+    states = [torch.randn(2, 2, tokens, 32) for tokens in (16, 16, 1, 1)]  # the token begins a page
+    layers = PagedLayer(pages), PagedLayer(pages)
+    for layer in layers:
+        layer.update(states[0], states[1])
+    layers[0].announce(states[2], states[3])
+    layers[1].update(states[2], states[3])
+    assert torch.equal(layers[0].write_waiting()[0], states[2])
+    for found, wanted in zip(layers[0].buffer(), layers[1].buffer(), strict=True):
+        assert torch.equal(found, wanted)
+    assert layers[0].ends == layers[1].ends == [17, 17]

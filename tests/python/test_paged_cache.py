@@ -126,7 +126,7 @@ def test_no_layer_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
     with lightvlm.attach(model, plan_of("usual")) as run:
         generate(model, LLAVA.batch(ROWS), 20, past_key_values=cache)
     report = run.report()
-    assert report.op_calls["decode_attention"] == 19 * DEPTH
+    assert report.op_calls["append_attend_"] == 19 * DEPTH
     assert report.op_calls["compact_paged_kv_"] == report.compactions == 2
 
 
