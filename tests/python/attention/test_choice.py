@@ -42,7 +42,7 @@ def tensors(rows: int = 4, width: int = 32) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_table() -> None:
     found = {backend.name: backend for backend in backends()}
     assert list(found) == [
-        "flash_attn_3", "flash_attn_4", "flash_attn_2", "torch_flash", "decode", "cpu_flash", "cudnn", "flex", "tiled",
+        "flash_attn_3", "flash_attn_4", "flash_attn_2", "decode", "torch_flash", "cpu_flash", "cudnn", "flex", "tiled",
     ]  # fmt: skip
     for name in ("decode", "cpu_flash", "tiled"):
         assert found[name].missing is None
