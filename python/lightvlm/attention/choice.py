@@ -62,8 +62,8 @@ TABLE: tuple[Backend, ...] = (
     Flex(),
     Tiled(),
 )
-"""In the order in which they are tried. torch's FlashAttention would read a cache as packed sequences, whose keys it does
-not split among blocks."""
+"""In the order in which they are tried. torch's FlashAttention would read a cache as packed sequences, whose keys it
+does not split among blocks."""
 _ON_CPU = tuple(backend for backend in TABLE if not backend.gpu_only)
 
 _asked: ContextVar[str | None] = ContextVar("lightvlm_attention", default=None)
