@@ -56,6 +56,13 @@ def last_contiguous(value: torch.Tensor, name: str) -> None:
         )
 
 
+def writable(value: torch.Tensor, name: str) -> None:
+    """ValueError where elements share memory, as of a tensor that was expanded."""
+    stride = value.stride()
+    if 0 in stride and any(s == 0 and n > 1 for s, n in zip(stride, value.shape, strict=True)):
+        raise ValueError(f"{name}: shares memory with itself, must be disjoint to be written")
+
+
 def integer(value: object, name: str, low: int, high: int = INT32_MAX) -> int:
     """`value` as an int in [low, high]."""
     if isinstance(value, int) and not isinstance(value, bool):

@@ -113,6 +113,9 @@ def check_append(
         _checks.shape(tensor, name, (batch, added, args.key_heads(), width))
         _checks.same_device(tensor, name, args.query, "query")
         _checks.last_contiguous(tensor, name)
+    if first.shape[1]:
+        _checks.writable(args.key[0], "key")
+        _checks.writable(args.value[0], "value")
     if args.lens[0] is None and first.shape[1] > args.tokens(0):
         raise ValueError(
             f"new_key: has {added} tokens, without lens at most {args.tokens(0)}, all that there is room for"
@@ -266,8 +269,8 @@ def _add_buffer(args: DecodeArgs, segment: int, buffer: object, name: str) -> No
     _checks.shape(tensor, name, (args.query.shape[0], args.key_heads(), args.tokens(segment)))
     _checks.same_device(tensor, name, args.query, "query")
     _checks.last_contiguous(tensor, name)
-    shared = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
-    if shared or any(tensor is other for other in args.mass):
-        raise ValueError(f"{name}: shares memory with itself or another buffer, must be disjoint")
+    _checks.writable(tensor, name)
+    if any(tensor is other for other in args.mass):
+        raise ValueError(f"{name}: shares memory with another buffer, must be disjoint to be written")
     args.mass.append(tensor)
     args.mass_segment.append(segment)

@@ -58,6 +58,8 @@ def load(path: Path | None = None) -> None:
         for name, fake in _fakes:
             if hasattr(torch.ops.lightvlm, name):  # an older build lacks the newest ops: see op()
                 torch.library.register_fake(f"{_NAMESPACE}::{name}", fake)
+                # here, as what a compiled function looks up must not change after its first call
+                _ops[_NAMESPACE, name] = getattr(torch.ops.lightvlm, name).default
         _loaded = path
 
 

@@ -41,6 +41,14 @@ int32_t widest_access(const AppendParams& append) {
     return widest;
 }
 
+// Two tokens written to one place would overwrite each other.
+void check_writable(const Tensor& cache, const char* name) {
+    for (int64_t d = 0; d < cache.dim(); ++d) {
+        check(cache.stride(d) != 0 || cache.size(d) <= 1, name,
+              ": shares memory with itself, must be disjoint to be written");
+    }
+}
+
 void set_append(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& new_key,
                 const Tensor& new_value, bool has_lens, AppendAttendParams* params) {
     DecodeAttentionParams& attend = params->attend;
@@ -53,6 +61,8 @@ void set_append(const Tensor& query, const Tensor& key, const Tensor& value, con
     if (added == 0) return;
     check(has_lens || added <= segment.tokens, "new_key: has ", added,
           " tokens, without lens at most ", segment.tokens, ", all that there is room for");
+    check_writable(key, "key");
+    check_writable(value, "value");
     segment.added = added;
     AppendParams& append = params->append;
     append.batch = attend.batch;
@@ -62,6 +72,9 @@ void set_append(const Tensor& query, const Tensor& key, const Tensor& value, con
     append.row_bytes = attend.head_dim * static_cast<int64_t>(key.element_size());
     append.rows[0] = appended_rows(key, new_key);
     append.rows[1] = appended_rows(value, new_value);
+    // To be written, a lazy clone moves.
+    segment.key = append.rows[0].to;
+    segment.value = append.rows[1].to;
     append.access_bytes = widest_access(append);
     append.lens = segment.lens;
     if (segment.paged()) {

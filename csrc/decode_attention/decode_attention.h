@@ -75,7 +75,7 @@ struct KVSegmentParams {
     }
     LIGHTVLM_HOST_DEVICE int64_t end(int64_t b) const {
         if (lens == nullptr) return tokens;
-        return lens[b] < 0 ? -1 : lens[b] + added;
+        return lens[b] < 0 ? lens[b] : lens[b] + added;
     }
 };
 

@@ -218,6 +218,8 @@ class CompactCache(Cache):
         Returns:
             Whether anything was evicted.
         """
+        for layer in self.layers:
+            layer.settle()
         self.waits = drafts > 0
         if self.waits:
             self.since_compaction += new_tokens

@@ -70,11 +70,13 @@ class CompactLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """Stored keys (B, Hkv, N, D), a view; None before the first token."""
+        self.settle()
         return self.key_storage[:, : max(self.ends)].transpose(1, 2) if self.is_initialized else None
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """Stored values (B, Hkv, N, D), a view; None before the first token."""
+        self.settle()
         return self.value_storage[:, : max(self.ends)].transpose(1, 2) if self.is_initialized else None
 
     @property
@@ -113,7 +115,7 @@ class CompactLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append (B, Hkv, S, D) states; returns all stored ones, (B, Hkv, N, D)."""
-        self.waiting = None  # of a step that did not get to its end
+        self.settle()
         if self.live is not None and self.live.stepping:
             return self.live.write(self, key_states, value_states)
         self.check_room(key_states, value_states)
@@ -134,6 +136,7 @@ class CompactLayer(CacheLayerMixin):
         if self.live is not None and self.live.stepping:
             starts, before = self.live.bounds[0], self.live.before
         else:
+            self.settle()
             self.check_room(key_states, value_states)
             if not self.filled:
                 starts, before = self.bounds()
@@ -150,6 +153,14 @@ class CompactLayer(CacheLayerMixin):
             return self.live.write(self, waiting.key, waiting.value)
         self._write(waiting.key, waiting.value)
         return self.keys, self.values  # type: ignore[return-value]
+
+    def settle(self) -> None:
+        """Write what a step that did not get to its end has left waiting: the token is counted."""
+        if self.waiting is not None:
+            if self.stepping:
+                self.waiting = None  # whose steps it was forgets them (LiveCache.take_back)
+            else:
+                self.write_waiting()
 
     def _count(self, new: int) -> None:
         """Make room for so many tokens more, and count them."""
@@ -298,6 +309,7 @@ class CompactLayer(CacheLayerMixin):
 
     def buffer(self) -> tuple[Tensor, Tensor]:
         """Keys and values (B, N, Hkv, D) that are not packed, views; row b's stand at [starts[b], ends[b])."""
+        self.settle()
         return self.key_storage[:, : self.used], self.value_storage[:, : self.used]
 
     @property
@@ -433,6 +445,7 @@ class CompactLayer(CacheLayerMixin):
         tokens_to_remove = self.check_crop(tokens_to_remove)
         if not self.is_initialized or tokens_to_remove == 0:
             return
+        self.waiting = None  # it is the last
         self.ends = [end + tokens_to_remove for end in self.ends]
         self.starts = [min(start, end) for start, end in zip(self.starts, self.ends, strict=True)]
         self.seen += tokens_to_remove
@@ -456,6 +469,7 @@ class CompactLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         check_rows(indices, len(self.ends))
+        self.settle()
         if rows is None:  # where no row differs there is no need to ask the device
             rows = indices.tolist() if self.rows_differ else [0] * len(indices)
         on_device = indices.to(self.key_storage.device)

@@ -54,6 +54,8 @@ def writes(run: Run, layer: CompactLayer, key: Tensor, value: Tensor) -> bool:
     model's own function, so that it can write them in the same call."""
     if run._forward.prompt or layer.packed is not None or not layer.is_initialized:
         return False
+    if layer.live is not None and not layer.stepping:  # another call, between the steps of a loop
+        return False
     one = key.shape[2] == 1 and key.shape[3] == value.shape[3] and key.shape[3] in PACKED_HEAD_DIMS
     return one and (layer.reads_itself or _watches(run))
 

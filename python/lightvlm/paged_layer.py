@@ -76,7 +76,7 @@ class PagedLayer(CompactLayer):
         Raises:
             OutOfPages: too few pages are free; nothing has changed then.
         """
-        self.waiting = None
+        self.settle()
         self.check_room(key_states, value_states)
         first = not self.is_initialized
         if first:
@@ -97,6 +97,7 @@ class PagedLayer(CompactLayer):
         Raises:
             OutOfPages: too few pages are free; nothing has changed then.
         """
+        self.settle()
         self.check_room(key_states, value_states)
         self._reserve(1)
         starts, before = self.bounds()
@@ -180,6 +181,7 @@ class PagedLayer(CompactLayer):
 
     def buffer(self) -> tuple[Tensor, Tensor]:
         """Keys and values (B, N, Hkv, D), gathered from the pages; row b's stand at [starts[b], ends[b])."""
+        self.settle()
         table, used = self.blocks.table(), max(self.ends)
         outside = None
         if any(self.starts) or len(set(self.ends)) > 1:
@@ -254,6 +256,7 @@ class PagedLayer(CompactLayer):
         if not self.is_initialized:
             return
         check_rows(indices, len(self.ends))
+        self.settle()
         if rows is None:
             rows = indices.tolist()
         self.blocks.select(rows)

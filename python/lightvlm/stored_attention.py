@@ -80,7 +80,7 @@ def reads_quickly(query: Tensor, layer: CompactLayer) -> bool:
 def fits(query: Tensor, layer: CompactLayer) -> bool:
     """Whether decode_attention takes such heads; a layer is packed only where it does."""
     width, stored = query.shape[3], layer.value_storage
-    same = stored.shape[-1] == width and query.dtype == layer.key_storage.dtype
+    same = stored.shape[-1] == width and query.dtype == layer.key_storage.dtype == stored.dtype
     return layer.packed is not None or (same and width in PACKED_HEAD_DIMS)
 
 

@@ -212,6 +212,28 @@ def test_tokens_that_are_where_they_belong_already(backend: Backend) -> None:
     assert torch.equal(to_bytes(cache.value), to_bytes(wanted[1]))
 
 
+@every_backend
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_a_cache_whose_rows_share_memory_is_not_written(backend: Backend, name: str) -> None:
+    cache = Cache([5, 5], 32)
+    stored = {"key": cache.key, "value": cache.value}
+    stored[name] = stored[name][:1].expand(2, -1, -1, -1)
+    query = query_of(2, 4, 64)
+    with pytest.raises(ValueError, match=f"^{name}: shares memory with itself"):
+        backend.append_attend_(query, *stored.values(), *cache.new(1), cache.lens)
+    backend.append_attend_(query, *stored.values(), None, None, cache.lens)  # reading it is fine
+
+
+def test_lazy_clones_are_written_and_read_in_one_place() -> None:
+    cache, query = Cache([5, 5], 32), query_of(2, 4, 64)
+    key, value = torch._lazy_clone(cache.key), torch._lazy_clone(cache.value)
+    before, new = to_bytes(cache.key), cache.new(1)
+    found = CPU.append_attend_(query, key, value, *new, cache.lens)
+    wanted = CPU.decode_attention(query, [KVSegment(*cache.written(new), cache.lens + 1)])
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(to_bytes(cache.key), before)
+
+
 @native_backend
 def test_nan_and_infinity_are_written_as_they_are(backend: Backend) -> None:
     cache = Cache([3, 5], 32)
@@ -386,6 +408,8 @@ BAD_RAW: list[tuple[dict[str, Any], str]] = [
         "3 heads",
     ),
     ({"out": torch.zeros(2, 1, 4, 32)}, "out: has shape"),
+    ({"key": torch.zeros(1, 64, 2, 64).expand(2, -1, -1, -1)}, "^key: shares memory with itself"),
+    ({"value": torch.zeros(1, 64, 2, 64).expand(2, -1, -1, -1)}, "^value: shares memory with itself"),
 ]
 
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from lightvlm import CompactCache, KVPages, PagedCompactCache, decoder_attention, stored_attention
 from lightvlm.cache_layer import CompactLayer
+from lightvlm.decode_step import DecodeStep
 from lightvlm.methods.decode_compaction import DecodeCompaction
 from lightvlm.paged_layer import PagedLayer
 from python.recorded import record
 from python.test_decode import COMPACTION, plan_of
 from python.test_decode_loop import PACKED
 from python.test_prefill import ROWS
-from python.tiny import DEPTH, LLAVA, QWEN, Family, generate_logits
+from python.tiny import DEPTH, LLAVA, QWEN, Family, extend, generate_logits
 from torch import Tensor
 
 FAMILIES = {"llava": LLAVA, "qwen": QWEN}
@@ -145,6 +146,72 @@ def test_beams_and_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
             return out, cache, run
 
         one_way_and_the_other(call, monkeypatch)
+
+
+@pytest.mark.parametrize("crop", [False, True], ids=["goes-on", "crops"])
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_step_that_is_interrupted(kind: str, crop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the last layer's attention. What was counted is written by whoever comes next, unless it is cropped."""
+    model, inputs = wide("llava", torch.float32), LLAVA.batch(ROWS)
+    token = torch.tensor([[3]] * len(ROWS))
+
+    def call() -> tuple[Tensor, CompactCache, lightvlm.Run]:
+        cache = CACHES[kind](model)
+        interrupted = {cache.layers[-1]}
+
+        def once(function: Any) -> Any:
+            def attend(query: Tensor, layer: CompactLayer, scale: float | None) -> Tensor:
+                if layer in interrupted:
+                    interrupted.clear()
+                    raise KeyboardInterrupt
+                return function(query, layer, scale)
+
+            return attend
+
+        with torch.no_grad(), lightvlm.attach(model, PLANS["no cache method"]) as run:
+            model(**inputs, past_key_values=cache)
+            _, mask = extend(LLAVA, model, inputs["attention_mask"], token, past_key_values=cache)
+            with monkeypatch.context() as patch:
+                for name in ("attend_new", "attend_stored"):
+                    patch.setattr(decoder_attention, name, once(getattr(decoder_attention, name)))
+                with pytest.raises(KeyboardInterrupt):
+                    extend(LLAVA, model, mask, token + 1, past_key_values=cache)
+            if crop:
+                cache.crop(-1)
+            else:
+                mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+            out, _ = extend(LLAVA, model, mask, token + 2, past_key_values=cache)
+        return out.logits, cache, run
+
+    one_way_and_the_other(call, monkeypatch)
+
+
+def test_another_call_between_the_steps_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = wide("llava", torch.float32), LLAVA.batch(ROWS)
+    token = torch.tensor([[3]] * len(ROWS))
+
+    def call() -> tuple[Tensor, CompactCache, lightvlm.Run]:
+        cache, found = CompactCache(model.config), []
+        with torch.no_grad(), lightvlm.attach(model, PLANS["usual"]) as run:
+            model(**inputs, past_key_values=cache)
+            with DecodeStep(run, cache) as decode:
+                found.append(decode.step(token).clone())
+                mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], dim=1)
+                extend(LLAVA, model, mask, token + 1, past_key_values=cache)
+                found.append(decode.step(token + 2).clone())
+        return torch.stack(found), cache, run
+
+    one_way_and_the_other(call, monkeypatch)
+
+
+@pytest.mark.parametrize("plan", ["usual", "no cache method"])
+def test_autocast(plan: str) -> None:
+    """Values of another dtype than keys and queries, which the op does not take."""
+    model = wide("llava", torch.float32)
+    with lightvlm.attach(model, PLANS[plan]) as run, torch.autocast("cpu", torch.bfloat16):
+        logits = generate_logits(model, LLAVA.batch(ROWS), 6)[1]
+    assert logits.isfinite().all()
+    assert {"append_attend_", "decode_attention"}.isdisjoint(run.report().op_calls)
 
 
 def test_a_step_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

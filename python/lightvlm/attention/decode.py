@@ -59,7 +59,7 @@ class Decode:
             key, value = (x.view(-1, size, *x.shape[2:]) for x in (key, value))
         elif table is None and key.shape[0] > call.batch:
             key, value = key[: call.batch], value[: call.batch]
-        new = call.new
+        new = call.new if call.new is not None and call.new.key.shape[1] > 0 else None
         lens, begins = (None if x is None else x.contiguous() for x in (call.lens, _begins(call)))
         return append_attend_checked(
             _last_contiguous(call.query),

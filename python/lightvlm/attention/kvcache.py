@@ -86,6 +86,9 @@ def flash_attn_with_kvcache(
         raise ValueError(f"k_cache: has {k_cache.shape[0]} rows, must have at least q's {batch}")
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     new = _new_tokens(q, k_cache, k, v)
+    if new:
+        _checks.writable(k_cache, "k_cache")
+        _checks.writable(v_cache, "v_cache")
     _check_rotary(q, capacity, rotary_cos, rotary_sin, given=k is not None)
     lens = _lengths(cache_seqlens, q, batch, new, capacity)
     shape = arguments.shape_of_logits(

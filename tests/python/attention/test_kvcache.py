@@ -308,3 +308,22 @@ def test_a_decoding_step_calls_the_op_once_whatever_the_strides_of_lengths() -> 
         found = fa.flash_attn_with_kvcache(query, key, value, cache_seqlens=lens, cache_leftpad=leftpad)
     assert [call.name for call in calls] == ["append_attend_"]
     assert torch.equal(found, wanted)
+
+
+def test_a_cache_whose_rows_share_memory_is_not_written() -> None:
+    key, value = caches(1)
+    query, new = torch.randn(2, 1, HEADS, WIDTH), torch.randn(2, 1, KEY_HEADS, WIDTH)
+    for stored, name in (
+        ((key.expand(2, -1, -1, -1), value.repeat(2, 1, 1, 1)), "k_cache"),
+        ((key.repeat(2, 1, 1, 1), value.expand(2, -1, -1, -1)), "v_cache"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: shares memory with itself"):
+            fa.flash_attn_with_kvcache(query, *stored, new, new, cache_seqlens=5)
+        fa.flash_attn_with_kvcache(query, *stored, cache_seqlens=5)
+
+
+def test_no_new_token_of_any_strides() -> None:
+    key, value = caches(1)
+    query, none = torch.randn(1, 1, HEADS, WIDTH), torch.randn(1, 0, KEY_HEADS, 2 * WIDTH)[..., ::2]
+    found = fa.flash_attn_with_kvcache(query, key, value, none, none, cache_seqlens=5)
+    assert torch.equal(found, fa.flash_attn_with_kvcache(query, key, value, cache_seqlens=5))
