@@ -51,6 +51,7 @@ class CompactLayer(CacheLayerMixin):
 
     def _clear(self) -> None:
         self.is_initialized = False
+        self._token_bytes = 0
         if self.capacity is None:  # a fixed buffer keeps its address
             self.key_storage = self.value_storage = self._mass = torch.empty(0)
         self.starts: list[int] = []
@@ -517,6 +518,7 @@ class CompactLayer(CacheLayerMixin):
     def _bytes_per_token(self) -> int:
         if not self.is_initialized:
             return 0
-        # from shapes alone: this runs for every layer at every token
-        width = sum(math.prod(storage.shape[2:]) for storage in (self.key_storage, self.value_storage))
-        return width * self.key_storage.element_size()
+        if not self._token_bytes:  # asked of every layer at every token
+            width = sum(math.prod(storage.shape[2:]) for storage in (self.key_storage, self.value_storage))
+            self._token_bytes = width * self.key_storage.element_size()
+        return self._token_bytes
