@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from .. import _errors, _library
-from .._decode_args import DecodeArgs, check_decode
+from .._decode_args import DecodeArgs, check_decode, unchecked
 from .._kv import KVSegment, PackedKV
-from .._observe import observed
+from .._observe import observed, observed_as
 from .._tickets import tickets
 
 # As in csrc/decode_attention/decode_attention.h, which checks the size of the workspace.
@@ -71,6 +71,17 @@ def decode_attention(
             (`lightvlm_ext.device_errors`), and the row has no valid token in that segment.
     """
     return _run(check_decode(query, segments, scale=scale, mass=mass))
+
+
+@observed_as("decode_attention")
+def decode_attention_checked(
+    query: torch.Tensor,
+    segments: Sequence[KVSegment | PackedKV],
+    scale: float,
+    mass: Sequence[torch.Tensor | None] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """decode_attention for callers that have checked their arguments. The op itself checks what memory depends on."""
+    return _run(unchecked(query, segments, scale, mass))
 
 
 def _run(args: DecodeArgs) -> tuple[torch.Tensor, torch.Tensor]:

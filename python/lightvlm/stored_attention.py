@@ -17,6 +17,7 @@ from lightvlm_ext import ops
 from lightvlm_ext._kv import PACKED_HEAD_DIMS
 from lightvlm_ext.ops import KVSegment
 from lightvlm_ext.ops.append_attend import append_attend_checked
+from lightvlm_ext.ops.decode_attention import decode_attention_checked
 
 if TYPE_CHECKING:
     from .cache_layer import CompactLayer
@@ -87,11 +88,13 @@ def fits(query: Tensor, layer: CompactLayer) -> bool:
 def _one_by_one(query: Tensor, layer: CompactLayer, scale: float | None) -> Tensor:
     new = query.shape[2]
     masses = layer.masses()
+    if scale is None:
+        scale = query.shape[3] ** -0.5
     out = []
     for at in range(new):  # each sees one more of the new tokens
         one = query[:, :, at : at + 1].transpose(1, 2)
         segments = layer.segments(behind=new - 1 - at)
-        out.append(ops.decode_attention(one, segments, scale=scale, mass=masses)[0])
+        out.append(decode_attention_checked(_last_contiguous(one), segments, scale, masses)[0])
     return out[0] if new == 1 else torch.cat(out, dim=1)
 
 

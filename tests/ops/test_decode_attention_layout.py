@@ -11,9 +11,11 @@ from torch import Tensor
 
 from lightvlm_ext import ops
 from lightvlm_ext._kv import KVSegment, PackedKV
+from lightvlm_ext.ops.decode_attention import decode_attention_checked
 from tests.emulation.build import Control
 from tests.ops.backends import BACKENDS, CPU, EMULATED, NATIVE, Backend, emulation_library
 from tests.ops.decode_cases import INF, NAN, Segment, bounds_of, buffers, dense, packed, query_of
+from tests.ops.decode_pages import in_pages
 from tests.ops.packing import LAYOUTS, in_layout, lens_of
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
@@ -216,3 +218,20 @@ def test_opcheck() -> None:
         None,
     )
     torch.library.opcheck(torch.ops.lightvlm.decode_attention.default, arguments)
+
+
+@native_backend
+def test_the_way_in_without_checks(backend: Backend) -> None:
+    segments: list[Segment] = [
+        packed(4, 2, 90, 2, 64, lens=lens_of(90, 7)),
+        dense(2, 33, 2, 64, torch.bfloat16, lens=lens_of(33, 2), leftpad=lens_of(1, 0)),
+        in_pages(16, 2, 64, torch.bfloat16, lens=[40, 0]),
+    ]
+    query = query_of(2, 6, 64, torch.bfloat16)
+    mass: list[list[Tensor | None]] = [[*buffers(segments, 2)] for _ in range(2)]
+    mass[0][1] = mass[1][1] = None
+    found = backend._wrap(decode_attention_checked)(query, segments, 0.2, mass[0])
+    wanted = backend.decode_attention(query, segments, scale=0.2, mass=mass[1])
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    for one, other in zip(*mass, strict=True):
+        assert one is other is None or torch.equal(one, other)
