@@ -68,23 +68,6 @@ def append_attend_(
     return _run(args.query, key, value, new_key, new_value, *of_rows, args.scale, mass)
 
 
-@observed_as("append_attend_")
-def append_attend_checked(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    new_key: torch.Tensor | None,
-    new_value: torch.Tensor | None,
-    lens: torch.Tensor | None,
-    leftpad: torch.Tensor | None,
-    block_table: torch.Tensor | None,
-    scale: float,
-    mass: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """append_attend_ for callers that have checked their arguments. The op itself checks whatever memory depends on."""
-    return _run(query, key, value, new_key, new_value, lens, leftpad, block_table, scale, mass)
-
-
 def _run(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -95,7 +78,7 @@ def _run(
     leftpad: torch.Tensor | None,
     block_table: torch.Tensor | None,
     scale: float,
-    mass: torch.Tensor | None,
+    mass: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = results_of(query)
     tensors = (query, key, value, new_key, new_value, lens, leftpad, block_table, scale, out, lse, mass)
@@ -111,6 +94,11 @@ def _run(
     op(*tensors, *device_buffers("append_attend_", sizes))
     _errors.check_now("append_attend_", device)
     return out, lse
+
+
+append_attend_checked = observed_as("append_attend_")(_run)
+"""append_attend_ for callers that have checked their arguments, mass and all. The op itself checks what memory depends
+on."""
 
 
 @_library.register_fake("append_attend")
