@@ -123,12 +123,14 @@ template <>
 struct TileScores<CpuLevel::kAvx2> {
     LIGHTVLM_TARGET_AVX2 static void run(const float* query, Tile* tile, int heads,
                                          int64_t head_dim, float unit, float* scores) {
+        // As many rows as tokens: one head takes its tokens in one turn, 3 in two, more in four.
+        const int share = heads == 1 ? 8 : heads <= 3 ? 4 : 2;
         for (int n = 0; n < tile->tokens; n += kTokenStep) {
             for_heads(heads, [&](auto count, int h) LIGHTVLM_TARGET_AVX2 {
                 constexpr int kHeads = decltype(count)::value;
                 constexpr int kTokens = kHeads == 1 ? 8 : 4;
                 for (int i = 0; i < kTokenStep; i += kTokens) {
-                    tile->next.fetch(2);
+                    tile->next.fetch(share);
                     some<kHeads, kTokens>(query + h * kMaxChannels, tile->row + n + i, head_dim,
                                           unit, scores + h * kScorePitch + n + i);
                 }
