@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "common/float16.cuh"
 #include "common/multiversion.h"
@@ -46,26 +47,64 @@ LIGHTVLM_INLINE void widen_dense(const Span& span, int begin, int count, float* 
     }
 }
 
-// Keys: scale[d] * code + zero[d]. Values: the token's scale * code + zero.
+// A row of codes in fp32: code * scale[d] + zero[d] for keys, whose factors are a channel's each,
+// and with scale[0] and zero[0] for values, whose factors are the token's.
+template <CpuLevel level, int bits, bool keys>
+struct WidenCodes {
+    static LIGHTVLM_INLINE void run(const uint8_t* row, int64_t head_dim, const float* scale,
+                                    const float* zero, float* out) {
+        constexpr int kPerByte = 8 / bits;
+        constexpr int kMask = (1 << bits) - 1;
+        for (int64_t i = 0; i < head_dim / kPerByte; ++i) {
+            for (int k = 0; k < kPerByte; ++k) {
+                const int64_t d = i * kPerByte + k;
+                const auto code = static_cast<float>(row[i] >> (k * bits) & kMask);
+                out[d] = code * scale[keys ? d : 0] + zero[keys ? d : 0];
+            }
+        }
+    }
+};
+
+#if defined(__x86_64__)
+// 8 codes are a word of 16, 32 or 64 bits: each lane shifts its own down.
 template <int bits, bool keys>
+struct WidenCodes<CpuLevel::kAvx2, bits, keys> {
+    LIGHTVLM_TARGET_AVX2 static void run(const uint8_t* row, int64_t head_dim, const float* scale,
+                                         const float* zero, float* out) {
+        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        const __m256i shift = _mm256_mullo_epi32(lane, _mm256_set1_epi32(bits));
+        const __m256i mask = _mm256_set1_epi32((1 << bits) - 1);
+        for (int64_t d = 0; d < head_dim; d += 8) {
+            const uint8_t* eight = row + d * bits / 8;
+            __m256i codes;
+            if constexpr (bits == 8) {
+                codes =
+                    _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(eight)));
+            } else {
+                uint32_t word = 0;
+                std::memcpy(&word, eight, bits);
+                codes = _mm256_and_si256(
+                    _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shift), mask);
+            }
+            const __m256 by = keys ? _mm256_loadu_ps(scale + d) : _mm256_set1_ps(*scale);
+            const __m256 from = keys ? _mm256_loadu_ps(zero + d) : _mm256_set1_ps(*zero);
+            _mm256_storeu_ps(out + d, _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), by, from));
+        }
+    }
+};
+#endif
+
+template <CpuLevel level, int bits, bool keys>
 LIGHTVLM_INLINE void widen_codes(const Span& span, int begin, int count, float* widened) {
-    constexpr int kPerByte = 8 / bits;
-    constexpr int kMask = (1 << bits) - 1;
     for (int n = begin; n < begin + count; ++n) {
         const auto* row =
             reinterpret_cast<const uint8_t*>(keys ? span.key_row(n) : span.value_row(n));
         const uint16_t* pair = span.value_token + n * span.value_token_stride;
-        const float token_scale = keys ? 0.0f : to_float(half_t{pair[0]});
-        const float token_zero = keys ? 0.0f : to_float(half_t{pair[1]});
-        float* out = widened + (n - begin) * span.head_dim;
-        for (int64_t i = 0; i < span.head_dim / kPerByte; ++i) {
-            for (int k = 0; k < kPerByte; ++k) {
-                const int64_t d = i * kPerByte + k;
-                const auto code = static_cast<float>(row[i] >> (k * bits) & kMask);
-                out[d] = keys ? code * span.key_scale[d] + span.key_zero[d]
-                              : code * token_scale + token_zero;
-            }
-        }
+        const float token[] = {keys ? 0.0f : to_float(half_t{pair[0]}),
+                               keys ? 0.0f : to_float(half_t{pair[1]})};
+        WidenCodes<tile_level(level), bits, keys>::run(
+            row, span.head_dim, keys ? span.key_scale : token, keys ? span.key_zero : token + 1,
+            widened + (n - begin) * span.head_dim);
     }
 }
 
@@ -90,11 +129,11 @@ LIGHTVLM_INLINE void set_tile(const Span& span, int begin, int count, float* roo
         case KVFormat::kBFloat16:
             return widen_dense<level, bfloat16_t, keys>(span, begin, count, room);
         case KVFormat::kPacked8:
-            return widen_codes<8, keys>(span, begin, count, room);
+            return widen_codes<level, 8, keys>(span, begin, count, room);
         case KVFormat::kPacked4:
-            return widen_codes<4, keys>(span, begin, count, room);
+            return widen_codes<level, 4, keys>(span, begin, count, room);
         case KVFormat::kPacked2:
-            return widen_codes<2, keys>(span, begin, count, room);
+            return widen_codes<level, 2, keys>(span, begin, count, room);
         case KVFormat::kFloat32:
             return;
     }
