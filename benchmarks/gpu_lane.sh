@@ -4,10 +4,10 @@
 # Needs torch with CUDA, nvcc, cmake and ninja; installs nothing and leaves the device's settings alone. Each part has a
 # limit of its own, and all share N seconds (default 570, or LIGHTVLM_LANE_SECONDS); parts come in the order of their
 # worth, and what no longer fits is noted as "not run". One that fails stops none of the others.
-#   parts: tests ops sanitizer profile decoder decode sparse   (build and doctor come first whenever something needs them)
+#   parts: tests ops sanitizer attention profile decoder decode sparse   (build and doctor come first if anything needs them)
 # A second call with the parts that were not run goes on from the same build. --dry-run runs nothing and lists the parts.
-# Output, at most eight files: summary.json, log.txt (with what ptxas says of each kernel), ops.json, decoder.json,
-# decode.json, sparse.json, nsys.json, ncu.json.
+# Output, at most eight files: summary.json, log.txt (with what ptxas says of each kernel), ops.json, attention.json,
+# decoder.json, decode.json, sparse.json, profiles.json.
 # Exit status: 0 if every part that ran did well, 1 if not, 2 on a usage error.
 set -uo pipefail
 
@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 [[ $out && $seconds =~ ^[0-9]+$ ]] || usage
-known=(tests ops sanitizer profile decoder decode sparse)
+known=(tests ops sanitizer attention profile decoder decode sparse)
 for part in "${wanted[@]}"; do
     [[ " ${known[*]} " == *" $part "* ]] || { echo "gpu_lane.sh: no part $part; there are ${known[*]}" >&2; exit 2; }
 done
@@ -127,16 +127,30 @@ run_sanitizer() {
 run_ops() {
     local most later
     most=$(left)
-    for later in sanitizer profile decoder decode sparse; do
+    for later in sanitizer attention profile decoder decode sparse; do
         if asked $later; then most=$((most / 2)) && break; fi
     done
     part ops 40 "$most" bash -c \
         "'$python' -m lightvlm bench ops --device cuda --seconds $((most > 60 ? most - 25 : 35)) --json >'$out/ops.json'"
 }
 
+run_attention() {
+    part attention 30 90 bash -c "'$python' -m lightvlm bench attention --device cuda --model 7b \
+        --seconds 60 --json >'$out/attention.json'"
+}
+
 run_profile() {
-    part nsys 30 90 bash benchmarks/profile_nsys.sh "$out/nsys.json"
-    part ncu 30 120 bash benchmarks/profile_ncu.sh "$out/ncu.json"
+    part nsys 30 90 bash benchmarks/profile_nsys.sh "$notes/nsys.json"
+    part ncu 30 120 bash benchmarks/profile_ncu.sh "$notes/ncu.json"
+    "$python" - "$notes" "$out/profiles.json" <<'EOF'
+import json, pathlib, sys
+
+folder, target = map(pathlib.Path, sys.argv[1:])
+found = {tool: folder / f"{tool}.json" for tool in ("nsys", "ncu")}
+profiles = {tool: json.loads(path.read_text()) for tool, path in found.items() if path.exists() and path.stat().st_size}
+if profiles:
+    target.write_text(json.dumps(profiles))
+EOF
 }
 
 run_decoder() {

@@ -25,6 +25,7 @@ case "$*" in
     *'bench ops'*) echo '{"kind": "ops"}' ;;
     *'bench decoder'*) echo '{"kind": "decoder"}' ;;
     *'bench decode '*) echo '{"kind": "decode"}' ;;
+    *'bench attention'*) echo '{"kind": "attention"}' ;;
     *'bench sparse'*) echo '{"kind": "sparse"}' ;;
     *'profile report'*) echo "{\\"tool\\": \\"$4\\"}" ;;
     *) echo "called: $*" ;;
@@ -97,6 +98,7 @@ def test_all_parts_run_and_all_is_written(machine: Path) -> None:
         "tests-select",
         "ops",
         "sanitizer-racecheck",
+        "attention",
         "nsys",
         "ncu",
         "decoder",
@@ -112,7 +114,9 @@ def test_all_parts_run_and_all_is_written(machine: Path) -> None:
     assert json.loads((out / "ops.json").read_text()) == {"kind": "ops"}
     assert json.loads((out / "decode.json").read_text()) == {"kind": "decode"}
     assert json.loads((out / "sparse.json").read_text()) == {"kind": "sparse"}
-    assert json.loads((out / "ncu.json").read_text()) == {"tool": "ncu"}
+    assert json.loads((out / "attention.json").read_text()) == {"kind": "attention"}
+    profiles = json.loads((out / "profiles.json").read_text())
+    assert profiles == {"nsys": {"tool": "nsys"}, "ncu": {"tool": "ncu"}}
     assert "==> build" in (out / "log.txt").read_text()
     files = list(out.iterdir())
     assert len(files) <= 8
