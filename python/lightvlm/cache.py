@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 
 from .buffers import check_rows
 from .cache_file import load_cache, of_another_model, save_cache
-from .cache_layer import SLACK, CompactLayer
+from .cache_layer import CompactLayer
 from .contract.cache import CachePart
 from .contract.precision import PrecisionPart
 from .host import upload
@@ -33,6 +33,7 @@ from .packed_eviction import evict_packed
 from .packing import check_storage, move_rows, pack_generated, pack_prompt
 from .plan import Plan
 from .positions import Shifts, select_rows
+from .stored_layer import SLACK
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

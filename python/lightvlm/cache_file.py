@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lightvlm_ext.ops import KVSegment, PackedKV
 
-from .cache_layer import SLACK, CompactLayer
+from .cache_layer import CompactLayer
 from .packed_store import GrowingKV, PackedStore, PromptKV
 from .plan import Plan
+from .stored_layer import SLACK
 from .transcript import Transcript
 
 if TYPE_CHECKING:

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .cache_layer import SLACK
 from .contract.cache import CachePart
+from .stored_layer import SLACK
 
 if TYPE_CHECKING:
     from .cache import CompactCache
     from .cache_layer import CompactLayer
+    from .stored_layer import StoredLayer
 
 SPAN = 2048
 """Free places that a buffer starts with where more tokens may come; longer answers make it grow."""
@@ -52,7 +53,7 @@ class LiveLayer:
         """Tokens to have room for now."""
         return min(self.ahead, SPAN)
 
-    def write(self, layer: CompactLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: StoredLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store one token a row, (B, Hkv, 1, D); returns the buffers, (B, Hkv, capacity, D)."""
         place = (self.rows, self.at)
         layer.key_storage.index_put_(place, key[:, :, 0])

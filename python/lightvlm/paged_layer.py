@@ -16,12 +16,13 @@ from lightvlm_ext.ops import KVSegment, PackedKV
 
 from .block_rows import BlockRows
 from .buffers import check_rows
-from .cache_layer import SLACK, CompactLayer
+from .cache_layer import CompactLayer
 from .host import upload
 from .new_token import NewToken
 from .paged_conversion import to_buffer
 from .pages import KVPages
 from .paging import reserve, slots
+from .stored_layer import SLACK
 
 
 class PagedLayer(CompactLayer):
