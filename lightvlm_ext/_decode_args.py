@@ -85,7 +85,7 @@ def unchecked(
     scale: float,
     mass: Sequence[torch.Tensor | None] | None,
 ) -> DecodeArgs:
-    """As check_decode, for who made the segments itself: of four of them it spares 30 us, at every layer and token."""
+    """As check_decode, for who made the segments itself, and reads them at every layer and token."""
     args = DecodeArgs(query, scale)
     for segment in segments:
         if isinstance(segment, PackedKV):

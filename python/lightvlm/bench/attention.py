@@ -202,8 +202,9 @@ def _decode_in_turn(
 ) -> tuple[Case, str]:
     """A step on each of so many caches that none is in the processor's cache when its turn comes. So it is in a model,
     whose weights and other layers come in between."""
-    caches = -(-IN_TURN // (2 * tokens * geometry.kv_heads * geometry.head_dim * dtype.itemsize))
-    return _steps(f"{caches} x {name}", geometry, tokens, dtype, device, caches=max(2, caches))
+    one = 2 * tokens * geometry.kv_heads * geometry.head_dim * dtype.itemsize
+    caches = max(2, -(-IN_TURN // one))
+    return _steps(f"{caches} x {name}", geometry, tokens, dtype, device, caches=caches)
 
 
 def _steps(

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightvlm_ext import ops
-from lightvlm_ext._kv import KVSegment
 
 from ._case import Case, Geometry, Sizes, dtype_name, require_close
 
@@ -49,10 +48,6 @@ def _case(
     def write() -> None:
         key[:, tokens - 1 :], value[:, tokens - 1 :] = new_key, new_value
 
-    def parts() -> Tensor:
-        write()
-        return ops.decode_attention(query, [KVSegment(key, value, before + 1)])[0]
-
     def torch_attention(query: Tensor, **options: bool) -> Callable[[], Tensor]:
         def call() -> Tensor:
             write()
@@ -63,7 +58,6 @@ def _case(
     def verify() -> None:
         wanted = torch_attention(grouped)().view(query.shape)
         require_close(op(), wanted, _TOLERANCE[dtype])
-        require_close(parts(), wanted, _TOLERANCE[dtype])
 
     heads = f"{geometry.heads}/{geometry.kv_heads} heads of {geometry.head_dim}"
     return Case(
